@@ -1,0 +1,26 @@
+"""svlib: what a network does to the variance over its inputs, what theory says, and the repair.
+
+The total variance of preactivations is sigma^2 = m^2 + v^2: squared sample mean and sample variance. He's
+initialization keeps sigma^2, and v^2 decays with depth (Luther & Seung, arXiv:1902.04942).
+"""
+
+from svlib import data, init, networks, plot, theory, training
+from svlib.moments import Decomposition, Moments, decompose
+from svlib.probing import probe, probe_gradients
+from svlib.simulation import sample_preactivations, simulate
+
+__all__ = [
+    "Decomposition",
+    "Moments",
+    "data",
+    "decompose",
+    "init",
+    "networks",
+    "plot",
+    "probe",
+    "probe_gradients",
+    "sample_preactivations",
+    "simulate",
+    "theory",
+    "training",
+]

@@ -1,0 +1,86 @@
+"""Checks of arguments, so that every error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+
+def integer(name: str, value: Any, minimum: int = 1) -> int:
+    """Return ``value`` as an ``int`` of at least ``minimum``."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def real(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+) -> float:
+    """Return ``value`` as a finite ``float`` in [low, high], or (low, high] with ``open_low``."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must be a finite number in {bracket}{low}, {high}], got {number}")
+    return number
+
+
+def choice(name: str, value: Any, accepted: Collection[Any]) -> Any:
+    """Return ``value`` if it is one of ``accepted``."""
+    if not any(value is option or (type(value) is type(option) and value == option) for option in accepted):
+        raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
+    return value
+
+
+def activation(name: Any, negative_slope: Any, accepted: Collection[str]) -> float:
+    """Return ``negative_slope`` as a float if it and the activation's name go together."""
+    choice("activation", name, accepted)
+    slope = real("negative_slope", negative_slope)
+    if slope != 0 and name != "leaky_relu":
+        raise ValueError(f"negative_slope must be 0 unless activation is 'leaky_relu', got {slope} with {name!r}")
+    return slope
+
+
+def device(value: Any) -> torch.device:
+    """Return a torch device that is there."""
+    try:
+        found = torch.device(value)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one of {there} here, got {value!r} ({reason})") from None
+    return found
+
+
+def floating(name: str, value: Any) -> torch.Tensor:
+    """Return an array or tensor of real numbers, all finite, as a detached tensor."""
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array or tensor of real numbers, got {type(value).__name__}: {error}") from None
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        raise ValueError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries")
+    return tensor

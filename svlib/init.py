@@ -1,0 +1,140 @@
+r"""Data-dependent initialization in execution order: preserve the total variance, or the sample variance.
+
+*Total init* divides a layer's weights by one scalar, so that the mean square of its preactivations over inputs and
+units is 1 (LSUV, Mishkin & Matas 2016, is of this kind). *Sample init* divides the weights of each unit by the
+sample deviation of its preactivation and sets its bias so that the sample mean is 0 (Salimans & Kingma 2016;
+Krähenbühl et al. 2016). Luther & Seung, arXiv:1902.04942, compare the two.
+
+Sample init keeps v^2 at 1 and pays in gradients: squared, they grow backwards by :math:`\pi/(\pi-1)=1.467` per ReLU
+layer, as with BatchNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from svlib.moments import Decomposition, decompose
+from svlib.probing import Layer, _device, as_batches, dimensions, observed, probe, weighted_layers
+
+Transform = Callable[[str, Layer, Decomposition], tuple[torch.Tensor, torch.Tensor]]
+
+
+def total_(model: nn.Module, batches: Any) -> pd.DataFrame:
+    """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
+
+    Weights and bias are divided by one scalar per layer; the last layer is included. Batches are joined to
+    one calibration batch, and one pass sets all layers, each seeing those before it already set.
+
+    Args:
+        model: Any module whose weighted layers are each called once.
+        batches: Calibration inputs, as :func:`svlib.probe` takes them.
+
+    Returns:
+        One row per layer: ``name``, ``type`` and m2, v2, ratio before and after.
+
+    Raises:
+        TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
+        ValueError: If a layer has no variance, is called more than once, shares its weight, or if there are
+            fewer than two inputs. The model is then as it was.
+
+    Examples:
+        >>> import svlib as sv
+        >>> model = sv.networks.MLP(64, width=100, depth=4, outputs=10, seed=0)
+        >>> table = total_(model, sv.data.gaussian(200, 64, seed=1))
+        >>> print((table.m2_after + table.v2_after).round(4).tolist())
+        [1.0, 1.0, 1.0, 1.0]
+    """
+
+    def transform(name: str, layer: Layer, found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(()), torch.tensor(float(found.sigma2)).sqrt()
+
+    return _initialize(model, batches, transform)
+
+
+def sample_(model: nn.Module, batches: Any) -> pd.DataFrame:
+    """Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
+
+    Batches are joined to one calibration batch, and one pass sets all layers, each seeing those before it
+    already set. The last layer is included. Squared gradients then grow backwards by 1.467 per ReLU layer.
+
+    Args:
+        model: Any module whose weighted layers are each called once and have a bias.
+        batches: Calibration inputs, as :func:`svlib.probe` takes them.
+
+    Returns:
+        One row per layer: ``name``, ``type`` and m2, v2, ratio before and after.
+
+    Raises:
+        TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
+        ValueError: If a unit has no variance, a layer has no bias, is called more than once, shares its weight, is
+            a grouped transposed convolution, or if there are fewer than two inputs. The model is then as it was.
+
+    Examples:
+        >>> import svlib as sv
+        >>> model = sv.networks.MLP(64, width=100, depth=4, outputs=10, seed=0)
+        >>> table = sample_(model, sv.data.gaussian(200, 64, seed=1))
+        >>> print(table.v2_after.round(4).tolist())
+        [1.0, 1.0, 1.0, 1.0]
+    """
+
+    def transform(name: str, layer: Layer, found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer.bias is None:
+            raise ValueError(f"layer {name!r} must have a bias: sample_ sets its sample mean to 0 by it")
+        if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+            raise ValueError(f"layer {name!r} must have groups=1 as a transposed convolution, got {layer.groups}")
+        return torch.from_numpy(found.mean), torch.from_numpy(found.variance).sqrt()
+
+    return _initialize(model, batches, transform)
+
+
+def _initialize(model: nn.Module, batches: Any, transform: Transform) -> pd.DataFrame:
+    """Replace every layer's y by (y - shift) / scale, with ``shift, scale = transform(name, layer, decomposition)``."""
+    layers = weighted_layers(model)
+    if len({id(layer.weight) for layer in layers.values()}) < len(layers):
+        raise ValueError("model must not share weights between layers: rescaling one would change the other")
+    calibration = list(as_batches(batches))
+    if sum(map(len, calibration)) < 2:
+        raise ValueError(f"batches must hold at least 2 inputs, got {sum(map(len, calibration))}")
+    x = torch.cat(calibration).to(_device(model))
+    before = probe(model, x)
+    parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    seen: set[str] = set()
+
+    def on_output(name: str, layer: Layer, y: torch.Tensor) -> torch.Tensor:
+        if name in seen:
+            raise ValueError(f"layer {name!r} must be called once, got a second call")
+        seen.add(name)
+        sample, unit, positions = dimensions(layer, y)
+        shift, scale = (part.to(y) for part in transform(name, layer, decompose(y, sample, unit, positions)))
+        if not bool((scale > 0).all()):
+            raise ValueError(
+                f"layer {name!r} must vary over inputs in all {scale.numel()} scales, got {int((scale <= 0).sum())} of 0"
+            )
+        weight_unit = 1 if isinstance(layer, _ConvTransposeNd) else 0
+        layer.weight /= _along(scale, weight_unit, layer.weight.ndim)
+        if layer.bias is not None:
+            layer.bias.copy_((layer.bias - shift) / scale)
+        return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
+
+    try:
+        with observed(model, on_output):
+            model(x)
+        after = probe(model, x)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in parameters:
+                parameter.copy_(value)
+        raise
+    columns = ["m2", "v2", "ratio"]
+    return before[["name", "type", *columns]].merge(after[["name", *columns]], on="name", suffixes=("_before", "_after"))
+
+
+def _along(values: torch.Tensor, dim: int, ndim: int) -> torch.Tensor:
+    """Values per unit, or one for all, shaped to broadcast along ``dim`` of an array of ``ndim`` dimensions."""
+    return values if values.ndim == 0 else values.reshape([-1 if d == dim else 1 for d in range(ndim)])

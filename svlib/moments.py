@@ -1,0 +1,209 @@
+"""The decomposition sigma^2 = m^2 + v^2 of preactivations, unbiased in a finite number of inputs.
+
+For one fixed network and one unit, m is the mean and v^2 the variance of the unit's preactivation
+over inputs. The paper (Luther & Seung, arXiv:1902.04942, section 2) calls them sample mean and sample
+variance, and averages both squares over units and networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svlib import _check
+
+Array = NDArray[np.float64]
+
+
+def _divide(numerator: Array, denominator: Array) -> Array:
+    """Quotient with 0/0 defined as NaN and x/0 as infinity, without a warning."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.divide(numerator, denominator))
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """Sample mean and sample variance of every unit, and their averages over units.
+
+    All arrays are NumPy float64. ``mean``, ``variance`` and ``squared_mean`` have the kept dimensions
+    of the input followed by the units; the averages have the kept dimensions only (none gives 0-d).
+
+    Attributes:
+        mean: Sample mean of each unit.
+        squared_mean: Unbiased estimate of each unit's squared sample mean. It can be negative.
+        variance: Unbiased sample variance of each unit.
+        inputs: Number of inputs S.
+    """
+
+    mean: Array
+    squared_mean: Array
+    variance: Array
+    inputs: int
+
+    @cached_property
+    def m2(self) -> Array:
+        """m^2, unbiased, so possibly negative; never clipped."""
+        return np.asarray(self.squared_mean.mean(-1))
+
+    @cached_property
+    def v2(self) -> Array:
+        """v^2, unbiased."""
+        return np.asarray(self.variance.mean(-1))
+
+    @property
+    def sigma2(self) -> Array:
+        """sigma^2 = m^2 + v^2, which is exactly the mean square of the preactivations."""
+        return np.asarray(self.m2 + self.v2)
+
+    @property
+    def m(self) -> Array:
+        """m = sqrt(max(m^2, 0)); biased, because of the root and the clipping."""
+        return np.asarray(np.sqrt(np.maximum(self.m2, 0)))
+
+    @property
+    def v(self) -> Array:
+        """v; biased, because of the root."""
+        return np.asarray(np.sqrt(self.v2))
+
+    @property
+    def ratio(self) -> Array:
+        """m/v; biased. NaN where both are 0."""
+        return _divide(self.m, self.v)
+
+
+class Moments:
+    r"""Accumulate a decomposition in one pass, in chunks of any size, in float64.
+
+    Where an input has several positions (pixels, tokens), they are not independent samples. With
+    :math:`\bar y_a` the mean over the positions of input a,
+
+    .. math::
+        m^2 = \frac{1}{S(S-1)}\sum_{a\ne b}\bar y_a\bar y_b, \qquad v^2 = \overline{y^2} - m^2 .
+
+    With one position this is the familiar :math:`m^2=\bar y^2-v^2/S` with the divisor S - 1 in v^2.
+
+    Args:
+        sample_dim: Dimension of ``y`` that runs over inputs.
+        unit_dim: Dimension that runs over units (channels).
+        position_dims: Dimensions that run over positions. Any other dimension is kept.
+
+    Examples:
+        >>> import numpy as np
+        >>> y = np.random.default_rng(0).normal(3.0, 2.0, (10_000, 5))
+        >>> first = Moments().update(y[:7])
+        >>> result = first.merge(Moments().update(y[7:])).result()
+        >>> print(round(float(result.m2), 1), round(float(result.v2), 1))
+        9.0 4.0
+    """
+
+    def __init__(self, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()) -> None:
+        self._dims = (sample_dim, unit_dim, *position_dims)
+        self._inputs = 0
+        self._mean: torch.Tensor  # (*kept, units), mean over inputs of the position means
+        self._within: torch.Tensor  # sum over inputs of the position mean of (y - mean)^2
+        self._between: torch.Tensor  # sum over inputs of (position mean - mean)^2
+
+    def update(self, y: Any) -> Moments:
+        """Add a chunk of inputs.
+
+        Args:
+            y: Array or tensor of real numbers, with the dimensions named at construction.
+
+        Raises:
+            TypeError: If ``y`` does not hold real numbers.
+            ValueError: If ``y`` is empty, not finite, lacks a dimension, or differs in shape from
+                earlier chunks.
+        """
+        y = _check.floating("y", y)
+        dims = [dim + y.ndim if dim < 0 else dim for dim in self._dims]
+        if not all(0 <= dim < y.ndim for dim in dims) or len(set(dims)) < len(dims):
+            raise ValueError(
+                f"y must have distinct dimensions {self._dims} (sample, unit, positions), got shape {tuple(y.shape)}"
+            )
+        if y.numel() == 0:
+            raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
+        kept = [dim for dim in range(y.ndim) if dim not in dims]
+        y = y.permute(dims[0], *kept, dims[1], *dims[2:]).to(torch.float64)
+        y = y.reshape(*y.shape[: len(kept) + 2], -1)  # (inputs, *kept, units, positions)
+
+        position_means = y.mean(-1)
+        mean = position_means.mean(0)
+        chunk = Moments()
+        chunk._dims = self._dims
+        chunk._inputs, chunk._mean = len(y), mean
+        chunk._between = (position_means - mean).square().sum(0)
+        chunk._within = chunk._between if y.shape[-1] == 1 else (y - mean[..., None]).square().mean(-1).sum(0)
+        return self.merge(chunk)
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the inputs that ``other`` has seen, by the pairwise update of Chan et al. (1979).
+
+        Raises:
+            TypeError: If ``other`` is not a ``Moments``.
+            ValueError: If ``other`` was made for other dimensions or has seen another shape.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be a Moments, got {type(other).__name__}")
+        if other._dims != self._dims:
+            raise ValueError(f"other must have the dimensions {self._dims}, got {other._dims}")
+        if other._inputs == 0:
+            return self
+        if self._inputs == 0:
+            self._inputs, self._mean = other._inputs, other._mean
+            self._within, self._between = other._within, other._between
+            return self
+        if self._mean.shape != other._mean.shape:
+            raise ValueError(f"every chunk must have units of shape {tuple(self._mean.shape)}, got {tuple(other._mean.shape)}")
+        inputs = self._inputs + other._inputs
+        step = other._mean - self._mean
+        shift = step.square() * (self._inputs * other._inputs / inputs)
+        self._mean = self._mean + step * (other._inputs / inputs)
+        self._within = self._within + other._within + shift
+        self._between = self._between + other._between + shift
+        self._inputs = inputs
+        return self
+
+    def result(self) -> Decomposition:
+        """Return the decomposition of all inputs seen so far.
+
+        Raises:
+            ValueError: If fewer than two inputs have been seen: one input has no sample variance.
+        """
+        if self._inputs < 2:
+            raise ValueError(f"y must hold at least 2 inputs, got {self._inputs}")
+        variance_of_mean = self._between / (self._inputs * (self._inputs - 1))
+        return Decomposition(
+            mean=self._mean.cpu().numpy(),
+            squared_mean=(self._mean.square() - variance_of_mean).cpu().numpy(),
+            variance=(self._within / self._inputs + variance_of_mean).cpu().numpy(),
+            inputs=self._inputs,
+        )
+
+
+def decompose(y: Any, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()) -> Decomposition:
+    """Split the mean square of preactivations into m^2 and v^2 (the paper's equation for sigma^2).
+
+    Args:
+        y: Array or tensor of real numbers, by default (inputs, units).
+        sample_dim: Dimension that runs over inputs.
+        unit_dim: Dimension that runs over units (channels).
+        position_dims: Dimensions that run over positions (see :class:`Moments`). Other dimensions,
+            networks for example, are kept.
+
+    Raises:
+        TypeError: If ``y`` does not hold real numbers.
+        ValueError: If ``y`` is empty, not finite, lacks a dimension or has fewer than two inputs.
+
+    Examples:
+        >>> result = decompose([[0.0, 5.0], [2.0, 5.0]])
+        >>> result.mean, result.variance
+        (array([1., 5.]), array([2., 0.]))
+        >>> print(result.m2, result.v2, result.sigma2)
+        12.5 1.0 13.5
+    """
+    return Moments(sample_dim, unit_dim, position_dims).update(y).result()

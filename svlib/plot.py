@@ -1,0 +1,153 @@
+"""Pictures of records. Every function draws on the axes it is given (or new ones) and returns them.
+
+Colours are Okabe and Ito's, told apart by the colour-blind; lines differ by style or marker as well. Grey text on
+a transparent ground reads on light and dark pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from cycler import cycler
+from matplotlib.axes import Axes
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+GREY = "#808080"
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def use_book_style() -> None:
+    """Set matplotlib's defaults for the book: transparent, grey, reproducible SVG. Changes global rcParams."""
+    mpl.rcParams.update(
+        {
+            "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "text.color": GREY,
+            "xtick.color": GREY, "ytick.color": GREY, "legend.labelcolor": GREY, "legend.frameon": False,
+            "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+            "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "font.size": 11,
+            "axes.titlesize": 11, "lines.linewidth": 1.8, "figure.figsize": (7.0, 4.0), "figure.constrained_layout.use": True,
+            "axes.prop_cycle": cycler(color=COLORS), "svg.hashsalt": "svlib",
+        }
+    )  # fmt: skip
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    set_matplotlib_formats("svg", metadata={"Date": None})  # type: ignore[no-untyped-call]
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour, line style and marker of the series with this index, for ``Axes.plot``."""
+    if index < 0:
+        raise ValueError(f"index must be at least 0, got {index}")
+    return {"color": COLORS[index % 6], "linestyle": _STYLES[index % 6], "marker": _MARKERS[index % 6], "markersize": 4}
+
+
+def _axes(axes: Axes | None) -> Axes:
+    return plt.subplots()[1] if axes is None else axes
+
+
+def band(x: Any, mean: Any, spread: Any, *, index: int = 0, label: str = "", axes: Axes | None = None) -> Axes:
+    """A line with a band of ``spread`` on either side.
+
+    Args:
+        x: (points,) positions.
+        mean: (points,) the line.
+        spread: (points,) half the height of the band, in the units of ``mean``.
+        index: Which colour and style.
+        label: Name in the legend.
+        axes: Where to draw.
+    """
+    axes = _axes(axes)
+    mean, spread = np.asarray(mean), np.asarray(spread)
+    axes.plot(x, mean, label=label, markevery=max(1, len(mean) // 8), **look(index))
+    axes.fill_between(x, mean - spread, mean + spread, color=COLORS[index % 6], alpha=0.2, linewidth=0)
+    return axes
+
+
+def ratio(record: xr.Dataset, *, index: int = 0, label: str = "", axes: Axes | None = None) -> Axes:
+    """m/v against layer: the mean over networks, the band one standard deviation over networks (the paper's figure)."""
+    over = record.ratio
+    axes = band(record.layer, over.mean("network"), over.std("network", ddof=1), index=index, label=label, axes=axes)
+    axes.set(xlabel="layer", ylabel="$m/v$")
+    return axes
+
+
+def decomposition(table: Any, *, axes: Axes | None = None) -> Axes:
+    """m, v and sigma by layer.
+
+    Args:
+        table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the table of
+            :func:`svlib.probe`, a record averaged over networks. A negative m2 is drawn as 0.
+        axes: Where to draw.
+    """
+    axes = _axes(axes)
+    m2, v2 = (np.asarray(getattr(table, name), dtype=float) for name in ("m2", "v2"))
+    series = {"$m$, mean": np.maximum(m2, 0), "$v$, deviation": v2, r"$\sigma$, total": m2 + v2}
+    for index, (label, square) in enumerate(series.items()):
+        axes.plot(np.sqrt(square), label=label, markevery=max(1, len(square) // 10), **look(index))
+    axes.set(xlabel="layer", ylabel="preactivation", ylim=(0, None))
+    axes.legend()
+    return axes
+
+
+def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndarray:
+    """A grid of histograms: one row per layer, one column per kind of randomness.
+
+    Args:
+        columns: Title to array (layers, draws).
+        layers: Names of the rows.
+
+    Returns:
+        The axes, (rows, columns).
+    """
+    names = list(layers)
+    _, grid = plt.subplots(len(names), len(columns), sharex=True, squeeze=False, figsize=(7, 1.5 * len(names)))
+    bins = np.linspace(-4, 4, 41)
+    for column, (title, draws) in enumerate(columns.items()):
+        grid[0, column].set_title(title)
+        grid[-1, column].set_xlabel("preactivation")
+        for row, name in enumerate(names):
+            grid[row, column].hist(draws[row], bins=bins, density=True, color=COLORS[column])
+            grid[row, column].set(yticks=[], ylabel=name if column == 0 else "")
+    return np.asarray(grid)
+
+
+def cobweb(step: Callable[[float], float], start: float, steps: int, *, axes: Axes | None = None) -> Axes:
+    """A map on [0, 1], the diagonal, and the path of its iterates from ``start``."""
+    axes = _axes(axes)
+    grid = np.linspace(0, 1, 201)
+    axes.plot(grid, [step(x) for x in grid], color=COLORS[0], label="map")
+    axes.plot(grid, grid, color=GREY, linestyle="--", label="identity")
+    path = [start]
+    for _ in range(steps):
+        path.append(step(path[-1]))
+    x = np.repeat(path[:-1], 2)
+    y = np.append(np.array([start]), np.repeat(path[1:], 2))[: len(x)]
+    axes.plot(x, y, color=COLORS[3], linewidth=1, label="iterates")
+    axes.set(xlabel=r"$\rho_l$", ylabel=r"$\rho_{l+1}$", aspect="equal")
+    axes.legend()
+    return axes
+
+
+def losses(records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes | None = None) -> Axes:
+    """Training loss against iteration: the mean over seeds, the band one standard error, both of running means.
+
+    Args:
+        records: Name of the series to the records of its seeds.
+        window: Iterations in the running mean.
+        axes: Where to draw.
+    """
+    axes = _axes(axes)
+    for index, (label, runs) in enumerate(records.items()):
+        loss = xr.concat([run.loss for run in runs], "seed").rolling(iteration=window, center=True, min_periods=1).mean()
+        error = loss.std("seed", ddof=1) / np.sqrt(len(runs))
+        band(loss.iteration, loss.mean("seed"), error, index=index, label=label, axes=axes)
+    axes.set(xlabel="iteration", ylabel="training loss")
+    axes.legend()
+    return axes

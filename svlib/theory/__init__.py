@@ -1,0 +1,6 @@
+"""What is true in the limit of infinite width. Numbers here, derivations in :mod:`svlib.theory.symbolic`."""
+
+from svlib.theory import maps, symbolic
+from svlib.theory.trajectory import Trajectory, trajectory
+
+__all__ = ["Trajectory", "maps", "symbolic", "trajectory"]
