@@ -55,7 +55,7 @@ class Experiment:
     batch_size: int = 64
     learning_rate: float = 0.01
     momentum: float = 0.9
-    calibration: int = 256
+    calibration: int = 128
 
     def __post_init__(self) -> None:
         _check.choice("data", self.data, DATA)

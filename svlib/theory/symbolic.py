@@ -25,24 +25,20 @@ class Identity(NamedTuple):
 
 
 def decomposition() -> Identity:
-    """Total mean square = squared sample mean + sample variance, for one unit of one network.
+    """Sample variance = total mean square - squared sample mean, for one unit of one network.
 
-    The average over S inputs is linear, so it acts on an expanded polynomial in y term by term:
+    The average over inputs is linear, so it acts on the expanded polynomial (y - m)^2 term by term:
     <1> = 1, <y> = m, <y^2> = sigma^2. Averaging over networks and units keeps the identity.
 
     Examples:
-        >>> decomposition().difference
-        0
+        >>> decomposition()
+        Identity(left=-m**2 + sigma**2, right=-m**2 + sigma**2, difference=0)
     """
-    y, m, sigma2 = sp.symbols("y m sigma2", real=True)
-    averages = {1: sp.Integer(1), y: m, y**2: sigma2}
-
-    def average(polynomial: sp.Expr) -> sp.Expr:
-        terms = sp.Poly(polynomial, y).terms()
-        return sp.Add(*(coefficient * averages[y**power] for (power,), coefficient in terms))
-
-    v2 = average(sp.expand((y - m) ** 2))  # the definition of the sample variance
-    left, right = average(y**2), m**2 + v2
+    y, m, sigma = sp.symbols("y m sigma", real=True)
+    averages = {0: sp.Integer(1), 1: m, 2: sigma**2}
+    terms = sp.Poly(sp.expand((y - m) ** 2), y).terms()
+    left = sp.Add(*(coefficient * averages[power] for (power,), coefficient in terms))
+    right = sigma**2 - m**2
     return Identity(left, right, sp.simplify(left - right))
 
 
