@@ -45,7 +45,7 @@ def total_(model: nn.Module, batches: Any) -> pd.DataFrame:
 
     Examples:
         >>> import svlib as sv
-        >>> model = sv.networks.MLP(64, width=100, depth=4, outputs=10, seed=0)
+        >>> model = sv.networks.mlp(64, width=100, depth=4, outputs=10, seed=0)
         >>> table = total_(model, sv.data.gaussian(200, 64, seed=1))
         >>> print((table.m2_after + table.v2_after).round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
@@ -77,7 +77,7 @@ def sample_(model: nn.Module, batches: Any) -> pd.DataFrame:
 
     Examples:
         >>> import svlib as sv
-        >>> model = sv.networks.MLP(64, width=100, depth=4, outputs=10, seed=0)
+        >>> model = sv.networks.mlp(64, width=100, depth=4, outputs=10, seed=0)
         >>> table = sample_(model, sv.data.gaussian(200, 64, seed=1))
         >>> print(table.v2_after.round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]

@@ -6,7 +6,7 @@ No dropout, no weight decay. Each has a variant with BatchNorm before every ReLU
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from svlib import _check
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def _he_(model: nn.Module, seed: int) -> None:
+
+def _he_(model: Model, seed: int) -> Model:
     generator = torch.Generator().manual_seed(_check.integer("seed", seed, 0))
     for layer in model.modules():
         if isinstance(layer, nn.Linear | _ConvNd):
@@ -26,6 +28,7 @@ def _he_(model: nn.Module, seed: int) -> None:
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2 / fan_in), generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    return model
 
 
 def _conv_block(
@@ -35,7 +38,7 @@ def _conv_block(
     return [nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding), *norm, nn.ReLU()]
 
 
-class MLP(nn.Sequential):
+def mlp(features: int, *, width: int, depth: int, outputs: int, batchnorm: bool = False, seed: int) -> nn.Sequential:
     """Fully connected ReLU network: (inputs, features) to (inputs, outputs).
 
     Args:
@@ -51,36 +54,33 @@ class MLP(nn.Sequential):
         ValueError: If a size is below 1.
 
     Examples:
-        >>> MLP(8, width=16, depth=3, outputs=2, seed=0)(torch.ones(5, 8)).shape
+        >>> mlp(8, width=16, depth=3, outputs=2, seed=0)(torch.ones(5, 8)).shape
         torch.Size([5, 2])
     """
-
-    def __init__(self, features: int, *, width: int, depth: int, outputs: int, batchnorm: bool = False, seed: int) -> None:
-        features, width = _check.integer("features", features), _check.integer("width", width)
-        depth, outputs = _check.integer("depth", depth), _check.integer("outputs", outputs)
-        layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):  # constructors draw weights that _he_ replaces
-            for layer in range(depth - 1):
-                layers += [nn.Linear(features if layer == 0 else width, width)]
-                layers += [nn.BatchNorm1d(width)] if batchnorm else []
-                layers += [nn.ReLU()]
-            layers += [nn.Linear(features if depth == 1 else width, outputs)]
-        super().__init__(*layers)
-        _he_(self, seed)
+    features, width = _check.integer("features", features), _check.integer("width", width)
+    depth, outputs = _check.integer("depth", depth), _check.integer("outputs", outputs)
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):  # constructors draw weights that _he_ replaces
+        for layer in range(depth - 1):
+            layers += [nn.Linear(features if layer == 0 else width, width)]
+            layers += [nn.BatchNorm1d(width)] if batchnorm else []
+            layers += [nn.ReLU()]
+        layers += [nn.Linear(features if depth == 1 else width, outputs)]
+    return _he_(nn.Sequential(*layers), seed)
 
 
-class AllCNNC(nn.Sequential):
+def all_cnn_c(width: int = 96, *, channels: int = 3, classes: int = 10, batchnorm: bool = False, seed: int) -> nn.Sequential:
     """ALL-CNN-C of Springenberg et al. 2015 (arXiv:1412.6806, table 1): images to class scores.
 
-    Nine convolutions, two of stride 2 instead of pooling, then the mean over positions. As in the authors' code the
-    3 x 3 convolutions are padded, the seventh excepted. Shapes: (inputs, channels, height, width) with
-    sides of at least 9 to (inputs, classes); published for 3 x 32 x 32. The published dropout is left out.
+    Nine convolutions, two of stride 2 instead of pooling, then the mean over positions. The 3 x 3 convolutions are
+    padded, the seventh excepted. Shapes: (inputs, channels, height, width) with sides of at least 9 to
+    (inputs, classes); published for 3 x 32 x 32. The published dropout, and ReLU on the scores, are left out.
 
     Args:
-        width: Channels of the first three convolutions, 96 as published; later ones have twice as many.
+        width: Channels of the first three convolutions, 96 as published; the next five have twice as many.
         channels: Input channels.
         classes: Number of classes.
-        batchnorm: Put BatchNorm before every ReLU; the published last ReLU, on the scores, is left out.
+        batchnorm: Put BatchNorm before every ReLU.
         seed: Seed of the weights.
 
     Raises:
@@ -88,29 +88,26 @@ class AllCNNC(nn.Sequential):
         ValueError: If a size is below 1.
 
     Examples:
-        >>> AllCNNC(width=8, seed=0)(torch.ones(5, 3, 32, 32)).shape
+        >>> all_cnn_c(width=8, seed=0)(torch.ones(5, 3, 32, 32)).shape
         torch.Size([5, 10])
     """
-
-    def __init__(self, width: int = 96, *, channels: int = 3, classes: int = 10, batchnorm: bool = False, seed: int) -> None:
-        n, channels = _check.integer("width", width), _check.integer("channels", channels)
-        classes = _check.integer("classes", classes)
-        with torch.random.fork_rng(devices=[]):
-            layers = [
-                *_conv_block(channels, n, 3, batchnorm, padding=1),
-                *_conv_block(n, n, 3, batchnorm, padding=1),
-                *_conv_block(n, n, 3, batchnorm, padding=1, stride=2),
-                *_conv_block(n, 2 * n, 3, batchnorm, padding=1),
-                *_conv_block(2 * n, 2 * n, 3, batchnorm, padding=1),
-                *_conv_block(2 * n, 2 * n, 3, batchnorm, padding=1, stride=2),
-                *_conv_block(2 * n, 2 * n, 3, batchnorm),
-                *_conv_block(2 * n, 2 * n, 1, batchnorm),
-                nn.Conv2d(2 * n, classes, 1),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-            ]
-        super().__init__(*layers)
-        _he_(self, seed)
+    n, channels = _check.integer("width", width), _check.integer("channels", channels)
+    classes = _check.integer("classes", classes)
+    with torch.random.fork_rng(devices=[]):
+        layers = [
+            *_conv_block(channels, n, 3, batchnorm, padding=1),
+            *_conv_block(n, n, 3, batchnorm, padding=1),
+            *_conv_block(n, n, 3, batchnorm, padding=1, stride=2),
+            *_conv_block(n, 2 * n, 3, batchnorm, padding=1),
+            *_conv_block(2 * n, 2 * n, 3, batchnorm, padding=1),
+            *_conv_block(2 * n, 2 * n, 3, batchnorm, padding=1, stride=2),
+            *_conv_block(2 * n, 2 * n, 3, batchnorm),
+            *_conv_block(2 * n, 2 * n, 1, batchnorm),
+            nn.Conv2d(2 * n, classes, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ]
+    return _he_(nn.Sequential(*layers), seed)
 
 
 class UNet(nn.Module):

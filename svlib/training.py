@@ -74,7 +74,7 @@ def _load(name: str) -> data.Split:
 def _network(experiment: Experiment, seed: int) -> nn.Module:
     batchnorm = experiment.initialization == "batchnorm"
     if experiment.data == "digits":
-        return networks.AllCNNC(experiment.width, channels=1, batchnorm=batchnorm, seed=seed)
+        return networks.all_cnn_c(experiment.width, channels=1, batchnorm=batchnorm, seed=seed)
     return networks.UNet(experiment.width, levels=2, batchnorm=batchnorm, seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""What is true in the limit of infinite width. Numbers here, derivations in :mod:`svlib.theory.symbolic`."""
+"""What is true in the limit of infinite width. Numbers here, derivations in ``svlib.theory.symbolic``."""
 
 from svlib.theory import maps, symbolic
 from svlib.theory.trajectory import Trajectory, trajectory

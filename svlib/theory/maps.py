@@ -22,6 +22,8 @@ ACTIVATIONS = ("relu", "leaky_relu", "linear", "tanh")
 # pole of tanh, at i pi / 2, costs exp(-2 pi (pi / 2) / h) < 1e-17, and the cut at 9 less than 1e-17.
 _NODES = np.arange(-9.0, 9.0 + 1e-9, 0.25)
 _WEIGHTS = np.exp(-(_NODES**2) / 2) * 0.25 / math.sqrt(2 * math.pi)
+# (sin t - t cos t) / t^3 = 1/3 - t^2/30 + t^4/840 - ..., 2k / (2k + 1)! in general
+_SERIES = tuple(math.factorial(2 * k + 1) / (2 * k) for k in range(1, 8))
 _TANH_SECOND_MOMENT = float(_WEIGHTS @ np.tanh(_NODES) ** 2)
 
 
@@ -35,8 +37,9 @@ def _relu_loss(theta: float) -> float:
     """(sin t - t cos t) / pi; near 0 by its Taylor series, where the difference would cancel."""
     if theta > 0.5:
         return (math.sin(theta) - theta * math.cos(theta)) / math.pi
-    square = theta * theta
-    series = 1 / 3 - square * (1 / 30 - square * (1 / 840 - square * (1 / 45360 - square * (1 / 3991680 - square / 518918400))))
+    square, series = theta * theta, 0.0
+    for inverse in reversed(_SERIES):
+        series = 1 / inverse - square * series
     return theta * square * series / math.pi
 
 

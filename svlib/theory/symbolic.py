@@ -1,4 +1,4 @@
-r"""SymPy derivations of every formula that :mod:`svlib.theory` computes with.
+r"""SymPy derivations of every formula that ``svlib.theory`` computes with.
 
 Each function starts from a definition (an average, a Gaussian density, a differential equation) and lets
 SymPy reach the result; none starts from the answer. No function here calls the numerical code or is

@@ -1,0 +1,159 @@
+"""Total init and sample init: what they promise, and that a failure leaves the model as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import svlib as sv
+from tests.test_probing import gaussian, same, state
+
+MODELS = {
+    "mlp": lambda: (sv.networks.mlp(20, width=30, depth=5, outputs=3, seed=0), gaussian(200, 20), gaussian(200, 20, seed=1)),
+    "all-cnn-c": lambda: (sv.networks.all_cnn_c(6, channels=1, seed=0), *digits()),
+    "u-net": lambda: (sv.networks.UNet(4, levels=2, seed=0), gaussian(32, 1, 16, 16), gaussian(32, 1, 16, 16, seed=1)),
+    "defaults of torch, float64": lambda: (
+        nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)).double(),
+        gaussian(200, 20).double(),
+        gaussian(200, 20, seed=1).double(),
+    ),
+}
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    split = sv.data.digits()
+    return split.images[:200], split.held_out_images[:200]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_total(name: str) -> None:
+    model, x, _ = MODELS[name]()
+    table = sv.init.total_(model, x)
+    probed = sv.probe(model, x)
+    np.testing.assert_allclose(probed.sigma2, 1, rtol=1e-4)  # the last layer included
+    np.testing.assert_allclose(table.m2_after + table.v2_after, 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sample(name: str) -> None:
+    model, x, fresh = MODELS[name]()
+    before = sv.probe(model, x)
+    table = sv.init.sample_(model, x)
+    np.testing.assert_allclose(table.v2_before, before.v2, rtol=1e-6)
+    with torch.no_grad():
+        y = model(x)
+    dims = [0, *range(2, y.ndim)]
+    if name != "all-cnn-c":  # its output is the mean over positions of the last layer's
+        assert float(y.mean(dims).abs().max()) < 1e-4
+        assert float(y.double().var(dims).sub(1).abs().max()) < 5e-3
+    np.testing.assert_allclose(table.v2_after, 1, rtol=1e-4)
+    assert (table.m2_after.abs() < 0.02).all()  # -v^2/S plus what positions share
+    assert sv.probe(model, fresh).v2_fraction.min() > 0.85
+
+
+def test_total_keeps_the_shape_of_a_function_and_the_relation_of_units() -> None:
+    layer = nn.Linear(6, 4)
+    original = copy.deepcopy(layer)
+    sv.init.total_(layer, gaussian(50, 6))
+    ratio = (layer.weight / original.weight).detach()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio[0, 0])))
+
+
+def test_batches_are_joined() -> None:
+    x = gaussian(40, 20)
+    one, many = MODELS["mlp"]()[0], MODELS["mlp"]()[0]
+    sv.init.sample_(one, x)
+    sv.init.sample_(many, [(x[:7], None), (x[7:], None)])
+    torch.testing.assert_close(one.state_dict(), many.state_dict())
+
+
+def test_idempotent() -> None:
+    model, x, _ = MODELS["all-cnn-c"]()
+    sv.init.sample_(model, x)
+    once = copy.deepcopy(model.state_dict())
+    sv.init.sample_(model, x)
+    torch.testing.assert_close(model.state_dict(), once, rtol=1e-3, atol=1e-3)
+
+
+class Shared(nn.Module):
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        if tied:
+            self.second.weight = self.first.weight
+        self.tied = tied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x) if self.tied else self.second(self.first(x)))
+
+
+def constant_units() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.zeros_(model[2].weight)
+    return model
+
+
+class FailsTheSecondTime(nn.Module):
+    """Raises after the layers before it have been changed."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("half-way")
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "initializer", "error", "message"),
+    [
+        (constant_units(), sv.init.sample_, ValueError, "layer '2' must vary over inputs .* got 3 of 0"),
+        (nn.Sequential(nn.Linear(4, 4, bias=False)), sv.init.sample_, ValueError, "layer '0' must have a bias"),
+        (Shared(tied=True), sv.init.total_, ValueError, "must not share weights"),
+        (Shared(tied=False), sv.init.total_, ValueError, "layer 'second' must be called once"),
+        (nn.Sequential(nn.Linear(4, 4), FailsTheSecondTime()), sv.init.sample_, RuntimeError, "half-way"),
+        (
+            nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1, groups=2)),
+            sv.init.sample_,
+            ValueError,
+            "groups=1",
+        ),
+    ],
+    ids=["no variance", "no bias", "tied", "called twice", "raises", "groups"],
+)
+def test_failure_leaves_the_model_as_it_was(
+    model: nn.Module, initializer: object, error: type[Exception], message: str
+) -> None:
+    before = state(model)
+    with pytest.raises(error, match=message):
+        initializer(model, gaussian(10, 4))  # type: ignore[operator]
+    same(before, state(model))
+
+
+def test_no_trace_but_the_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 2))
+    before = state(model)
+    sv.init.sample_(model, gaussian(30, 4))
+    after = state(model)
+    weights = {"0.weight", "0.bias", "3.weight", "3.bias"}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before["state"][name], value)}  # type: ignore[index]
+    assert changed == weights
+    before.pop("state"), after.pop("state")
+    same(before, after)
+
+
+@pytest.mark.parametrize("initializer", [sv.init.total_, sv.init.sample_])
+def test_bad_input(initializer: object) -> None:
+    for batches, error, message in (
+        (gaussian(1, 4), ValueError, "at least 2 inputs, got 1"),
+        ([], ValueError, "at least 2 inputs, got 0"),
+        (3, TypeError, "batches must be a tensor"),
+        (torch.full((3, 4), torch.inf), ValueError, "must be finite"),
+    ):
+        with pytest.raises(error, match=message):
+            initializer(nn.Linear(4, 2), batches)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+        initializer(3, gaussian(3, 4))  # type: ignore[operator]

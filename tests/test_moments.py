@@ -1,0 +1,129 @@
+"""The decomposition against arithmetic done by hand, and in chunks of any size."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svlib import Moments, decompose
+
+GENERATOR = np.random.default_rng(0)
+
+
+def by_hand(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """m^2 and v^2 per unit of y (inputs, units, positions), by going through all pairs of different inputs."""
+    means = y.mean(-1)
+    pairs = list(permutations(range(len(y)), 2))
+    m2 = sum(means[a] * means[b] for a, b in pairs) / len(pairs)
+    return np.asarray(m2), (y**2).mean((0, 2)) - m2
+
+
+@pytest.mark.parametrize("positions", [1, 6])
+def test_equals_arithmetic_by_hand(positions: int) -> None:
+    y = GENERATOR.normal(1.0, 2.0, (5, 4, positions))
+    m2, v2 = by_hand(y)
+    found = decompose(y, 0, 1, (2,))
+    np.testing.assert_allclose(found.squared_mean, m2, rtol=1e-12)
+    np.testing.assert_allclose(found.variance, v2, rtol=1e-12)
+    np.testing.assert_allclose(found.sigma2, (y**2).mean(), rtol=1e-14)
+    np.testing.assert_allclose(found.ratio, np.sqrt(max(m2.mean(), 0) / v2.mean()), rtol=1e-12)
+
+
+def test_without_positions_is_the_textbook_estimate() -> None:
+    y = GENERATOR.normal(1.0, 2.0, (7, 3))
+    found = decompose(y)
+    np.testing.assert_allclose(found.variance, y.var(0, ddof=1), rtol=1e-13)
+    np.testing.assert_allclose(found.squared_mean, y.mean(0) ** 2 - y.var(0, ddof=1) / 7, rtol=1e-13)
+
+
+def test_unbiased() -> None:
+    y = GENERATOR.normal(0.5, 1.0, (20_000, 3, 1))  # networks, inputs, units
+    found = decompose(y, sample_dim=1, unit_dim=2)
+    for estimate, truth in ((found.m2, 0.25), (found.v2, 1.0)):
+        error = estimate.std(ddof=1) / np.sqrt(len(estimate))
+        assert abs(estimate.mean() - truth) < 4 * error
+    assert (found.m2 < 0).any()  # never clipped
+
+
+def test_after_batchnorm_m2_is_minus_one_over_inputs_less_one() -> None:
+    y = GENERATOR.normal(size=(8, 5))
+    y = (y - y.mean(0)) / y.std(0)
+    assert decompose(y).m2 == pytest.approx(-1 / 7, rel=1e-12)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 49), max_size=6),
+    offset=st.sampled_from([0.0, 1e3, -1e8]),
+    positions=st.sampled_from([1, 3]),
+    merged=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_chunks_give_the_same(cuts: list[int], offset: float, positions: int, merged: bool) -> None:
+    y = np.random.default_rng(1).normal(size=(50, 4, positions)) + offset
+    chunks = np.split(y, sorted(set(cuts)))
+    whole, parts = decompose(y, 0, 1, (2,)), Moments(0, 1, (2,))
+    for chunk in chunks:
+        parts = parts.merge(Moments(0, 1, (2,)).update(chunk)) if merged else parts.update(chunk)
+    found = parts.result()
+    assert found.inputs == 50
+    np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(found.variance, whole.variance, rtol=1e-12 + 1e-15 * abs(offset))
+
+
+def test_keeps_accuracy_beside_a_large_mean() -> None:
+    y = GENERATOR.normal(size=(1000, 3))
+    np.testing.assert_allclose(decompose(y + 2.0**40).variance, decompose(y).variance, rtol=1e-3)
+    mean_of_squares = ((y + 2.0**40) ** 2).mean(0) - (y + 2.0**40).mean(0) ** 2
+    assert not np.allclose(mean_of_squares, y.var(0), rtol=0.5)  # the formula that this guards against
+
+
+def test_tensors_arrays_and_dimensions_agree() -> None:
+    y = GENERATOR.normal(size=(4, 6, 3, 2)).astype(np.float32)  # units, inputs, networks, positions
+    found = decompose(torch.from_numpy(y), 1, 0, (3,))
+    assert found.m2.shape == (3,)
+    assert found.mean.shape == (3, 4)
+    for network in range(3):
+        alone = decompose(y[:, :, network].transpose(1, 0, 2), 0, 1, (2,))
+        assert found.v2[network] == pytest.approx(float(alone.v2), rel=1e-13)
+
+
+def test_zero_over_zero_is_nan_without_a_warning() -> None:
+    found = decompose(np.zeros((3, 2)))
+    assert np.isnan(found.ratio)
+    assert found.sigma2 == 0
+    assert decompose(np.ones((3, 2))).ratio == np.inf
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (np.ones((1, 3)), ValueError, "at least 2 inputs, got 1"),
+        (np.ones((0, 3)), ValueError, "must not be empty"),
+        (np.ones((2, 0)), ValueError, "must not be empty"),
+        (np.ones(3), ValueError, r"distinct dimensions \(0, -1\)"),
+        (np.array([[1.0, np.nan], [1, 1]]), ValueError, "y must be finite, got 1 NaN or infinite of 4"),
+        (np.array([[1.0, np.inf], [1, 1]]), ValueError, "must be finite"),
+        (np.ones((2, 2), dtype=complex), TypeError, "real numbers"),
+        (np.ones((2, 2), dtype=bool), TypeError, "real numbers"),
+        ("text", TypeError, "y must be an array or tensor"),
+        (None, TypeError, "y must be an array or tensor"),
+    ],
+)
+def test_bad_input(y: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        decompose(y)
+
+
+def test_bad_chunks() -> None:
+    moments = Moments().update(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"units of shape \(3,\), got \(4,\)"):
+        moments.update(np.ones((2, 4)))
+    with pytest.raises(TypeError, match="must be a Moments, got int"):
+        moments.merge(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dimensions"):
+        moments.merge(Moments(1, 0))
+    with pytest.raises(ValueError, match="at least 2 inputs, got 0"):
+        Moments().result()
