@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 
 def integer(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` as an ``int`` of at least ``minimum``."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool | np.bool | torch.Tensor):
             raise TypeError
         number = operator.index(value)
     except TypeError:
@@ -32,12 +34,12 @@ def real(
     open_low: bool = False,
 ) -> float:
     """Return ``value`` as a finite ``float`` in [low, high], or (low, high] with ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, Real | np.floating | np.integer):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
     try:
-        if isinstance(value, bool | str):
-            raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must be a finite number in {bracket}{low}, {high}], got {number}")
@@ -45,25 +47,27 @@ def real(
 
 
 def choice(name: str, value: Any, accepted: Collection[Any]) -> Any:
-    """Return ``value`` if it is one of ``accepted``."""
-    if not any(value is option or (type(value) is type(option) and value == option) for option in accepted):
-        raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
-    return value
+    """Return the one of ``accepted`` that equals ``value``."""
+    for option in accepted:
+        if value is option or (isinstance(option, str) and isinstance(value, str) and value == option):
+            return option
+    raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
 
 
 def activation(name: Any, negative_slope: Any, accepted: Collection[str]) -> float:
     """Return ``negative_slope`` as a float if it and the activation's name go together."""
     choice("activation", name, accepted)
-    slope = real("negative_slope", negative_slope)
+    slope = real("negative_slope", negative_slope, -1000, 1000)
     if slope != 0 and name != "leaky_relu":
         raise ValueError(f"negative_slope must be 0 unless activation is 'leaky_relu', got {slope} with {name!r}")
     return slope
 
 
 def device(value: Any) -> torch.device:
-    """Return a torch device that is there."""
+    """Return a torch device that is there and has a generator of random numbers."""
     try:
         found = torch.device(value)
+        torch.Generator(found)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -73,13 +77,22 @@ def device(value: Any) -> torch.device:
 
 
 def floating(name: str, value: Any) -> torch.Tensor:
-    """Return an array or tensor of real numbers, all finite, as a detached tensor."""
-    try:
-        tensor = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be an array or tensor of real numbers, got {type(value).__name__}: {error}") from None
-    if tensor.dtype == torch.bool or tensor.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    """Return an array or tensor of real numbers, all finite, as a detached tensor; arrays are copied."""
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach()
+        real_numbers = tensor.dtype != torch.bool and not tensor.is_complex()
+        kind = str(tensor.dtype)
+    else:
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be an array or tensor of real numbers, got {type(value).__name__}: {error}") from None
+        real_numbers, kind = array.dtype.kind in "iuf", f"{type(value).__name__} of {array.dtype}"
+        if real_numbers:
+            single = array.dtype == np.float32
+            tensor = torch.from_numpy(np.array(array, dtype=np.float32 if single else np.float64, order="C"))
+    if not real_numbers:
+        raise TypeError(f"{name} must be an array or tensor of real numbers, got {kind}")
     finite = torch.isfinite(tensor)
     if not finite.all():
         raise ValueError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries")

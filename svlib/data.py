@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
 
 from svlib import _check
+from svlib._random import stream
 
 
 class Split(NamedTuple):
@@ -36,14 +37,15 @@ def gaussian(samples: int, features: int, *, seed: int) -> torch.Tensor:
         >>> gaussian(3, 4, seed=0).shape
         torch.Size([3, 4])
     """
-    generator = torch.Generator().manual_seed(_check.integer("seed", seed, 0))
-    return torch.randn(_check.integer("samples", samples), _check.integer("features", features), generator=generator)
+    shape = _check.integer("samples", samples), _check.integer("features", features)
+    return torch.randn(shape, generator=stream(seed, "data"))
 
 
 def digits(size: int = 16) -> Split:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, enlarged by linear interpolation.
 
-    At 16 x 16 the published ALL-CNN-C fits: its maps shrink to 8, 4 and 2 pixels a side. The last 360 images, in the order they come, are held out.
+    At 16 x 16 the published ALL-CNN-C fits: its maps shrink to 8, 4 and 2 pixels a side. The last 360 images, in
+    the order they come, are held out.
 
     Args:
         size: Side of the enlarged image, at least 8.
@@ -65,7 +67,7 @@ def digits(size: int = 16) -> Split:
     return _split(images, bunch.target.astype(np.int64), 1437)
 
 
-def membranes(images: int = 64, held_out: int = 16, *, size: int = 64, seed: int) -> Split:
+def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: int) -> Split:
     """Drawn electron micrographs: dark membranes between cells, with texture, blur and noise.
 
     Cells are Voronoi cells on a smoothly warped plane, and membrane (label 1, about 30 % of all pixels)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from svlib.moments import Decomposition, decompose
-from svlib.probing import Layer, _device, as_batches, dimensions, observed, probe, weighted_layers
+from svlib.probing import Layer, as_batches, dimensions, observed, probe, weighted_layers
 
 Transform = Callable[[str, Layer, Decomposition], tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,8 +40,8 @@ def total_(model: nn.Module, batches: Any) -> pd.DataFrame:
 
     Raises:
         TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
-        ValueError: If a layer has no variance, is called more than once, shares its weight, or if there are
-            fewer than two inputs. The model is then as it was.
+        ValueError: If a layer's output is 0, it is not called exactly once, shares its weight or computes it from
+            other parameters, or if there are fewer than two inputs. The model is then as it was.
 
     Examples:
         >>> import svlib as sv
@@ -52,7 +52,7 @@ def total_(model: nn.Module, batches: Any) -> pd.DataFrame:
     """
 
     def transform(name: str, layer: Layer, found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(()), torch.tensor(float(found.sigma2)).sqrt()
+        return torch.zeros(()), torch.as_tensor(found.sigma2).sqrt()
 
     return _initialize(model, batches, transform)
 
@@ -72,8 +72,9 @@ def sample_(model: nn.Module, batches: Any) -> pd.DataFrame:
 
     Raises:
         TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
-        ValueError: If a unit has no variance, a layer has no bias, is called more than once, shares its weight, is
-            a grouped transposed convolution, or if there are fewer than two inputs. The model is then as it was.
+        ValueError: If a unit has no variance, a layer has no bias, is not called exactly once, shares its weight or
+            computes it from other parameters, is a grouped transposed convolution, or if there are fewer than two
+            inputs. The model is then as it was.
 
     Examples:
         >>> import svlib as sv
@@ -96,12 +97,17 @@ def sample_(model: nn.Module, batches: Any) -> pd.DataFrame:
 def _initialize(model: nn.Module, batches: Any, transform: Transform) -> pd.DataFrame:
     """Replace every layer's y by (y - shift) / scale, with ``shift, scale = transform(name, layer, decomposition)``."""
     layers = weighted_layers(model)
-    if len({id(layer.weight) for layer in layers.values()}) < len(layers):
+    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+    if computed := [name for name, weight in weights.items() if weight is None]:
+        raise ValueError(f"layer {computed[0]!r} must hold its weight as a parameter, it computes it from others")
+    if len({id(weight) for weight in weights.values()}) < len(layers):
         raise ValueError("model must not share weights between layers: rescaling one would change the other")
-    calibration = list(as_batches(batches))
-    if sum(map(len, calibration)) < 2:
-        raise ValueError(f"batches must hold at least 2 inputs, got {sum(map(len, calibration))}")
-    x = torch.cat(calibration).to(_device(model))
+    with torch.random.fork_rng([]):  # a shuffled loader draws its order
+        calibration = list(as_batches(model, batches))
+    inputs = sum(map(len, calibration))
+    if inputs < 2:
+        raise ValueError(f"batches must hold at least 2 inputs, got {inputs}")
+    x = torch.cat(calibration)
     before = probe(model, x)
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     seen: set[str] = set()
@@ -110,11 +116,11 @@ def _initialize(model: nn.Module, batches: Any, transform: Transform) -> pd.Data
         if name in seen:
             raise ValueError(f"layer {name!r} must be called once, got a second call")
         seen.add(name)
-        sample, unit, positions = dimensions(layer, y)
+        sample, unit, positions = dimensions(name, layer, y, inputs)
         shift, scale = (part.to(y) for part in transform(name, layer, decompose(y, sample, unit, positions)))
-        if not bool((scale > 0).all()):
+        if bad := int((~((scale > 0) & scale.isfinite())).sum()):
             raise ValueError(
-                f"layer {name!r} must vary over inputs in all {scale.numel()} scales, got {int((scale <= 0).sum())} of 0"
+                f"layer {name!r} must have positive, finite scales to divide by, got {bad} of {scale.numel()} not so"
             )
         weight_unit = 1 if isinstance(layer, _ConvTransposeNd) else 0
         layer.weight /= _along(scale, weight_unit, layer.weight.ndim)
@@ -125,6 +131,8 @@ def _initialize(model: nn.Module, batches: Any, transform: Transform) -> pd.Data
     try:
         with observed(model, on_output):
             model(x)
+        if missed := layers.keys() - seen:
+            raise ValueError(f"layer {min(missed)!r} must be called in the model's forward pass, got no call")
         after = probe(model, x)
     except BaseException:
         with torch.no_grad():

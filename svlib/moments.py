@@ -102,7 +102,11 @@ class Moments:
     """
 
     def __init__(self, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()) -> None:
-        self._dims = (sample_dim, unit_dim, *position_dims)
+        if not isinstance(position_dims, tuple | list):
+            raise TypeError(f"position_dims must be a tuple of integers, got {position_dims!r}")
+        names = ["sample_dim", "unit_dim", *["position_dims"] * len(position_dims)]
+        dims = (sample_dim, unit_dim, *position_dims)
+        self._dims = tuple(_check.integer(name, dim, -64) for name, dim in zip(names, dims, strict=True))
         self._inputs = 0
         self._mean: torch.Tensor  # (*kept, units), mean over inputs of the position means
         self._within: torch.Tensor  # sum over inputs of the position mean of (y - mean)^2
@@ -131,13 +135,15 @@ class Moments:
         y = y.permute(dims[0], *kept, dims[1], *dims[2:]).to(torch.float64)
         y = y.reshape(*y.shape[: len(kept) + 2], -1)  # (inputs, *kept, units, positions)
 
-        position_means = y.mean(-1)
+        one_position = y.shape[-1] == 1
+        position_means = y[..., 0] if one_position else y.mean(-1)
         mean = position_means.mean(0)
-        chunk = Moments()
-        chunk._dims = self._dims
+        chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
         chunk._inputs, chunk._mean = len(y), mean
-        chunk._between = (position_means - mean).square().sum(0)
-        chunk._within = chunk._between if y.shape[-1] == 1 else (y - mean[..., None]).square().mean(-1).sum(0)
+        chunk._between = (position_means - mean).square_().sum(0)
+        chunk._within = chunk._between if one_position else (y - mean[..., None]).square_().mean(-1).sum(0)
+        if not torch.isfinite(chunk._within + mean.square()).all():
+            raise ValueError(f"y must have squares that float64 can hold, got entries up to {float(y.abs().max()):.3g}")
         return self.merge(chunk)
 
     def merge(self, other: Moments) -> Moments:

@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from svlib import _check
+from svlib._random import stream
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def _he_(model: Model, seed: int) -> Model:
-    generator = torch.Generator().manual_seed(_check.integer("seed", seed, 0))
+    generator = stream(seed, "weights")
     for layer in model.modules():
         if isinstance(layer, nn.Linear | _ConvNd):
             if isinstance(layer, _ConvTransposeNd):  # each output position sees 1/stride of the kernel
@@ -153,9 +154,8 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scores (inputs, 1, height, width) of images (inputs, channels, height, width)."""
         if x.ndim != 4 or any(side % 2**self.levels for side in x.shape[2:]):
-            raise ValueError(
-                f"x must have shape (inputs, channels, height, width), sides divisible by {2**self.levels}, got {tuple(x.shape)}"
-            )
+            wanted = f"(inputs, channels, height, width), sides divisible by {2**self.levels}"
+            raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
         skips = []
         for level, block in enumerate(self.down):
             x = block(x if level == 0 else nn.functional.max_pool2d(x, 2))

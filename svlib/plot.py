@@ -101,7 +101,7 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
 
     Args:
         columns: Title to array (layers, draws).
-        layers: Names of the rows.
+        layers: Names of the rows. Draws beyond -4 and 4 are not shown.
 
     Returns:
         The axes, (rows, columns).
@@ -113,7 +113,7 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
         grid[0, column].set_title(title)
         grid[-1, column].set_xlabel("preactivation")
         for row, name in enumerate(names):
-            grid[row, column].hist(draws[row], bins=bins, density=True, color=COLORS[column])
+            grid[row, column].hist(draws[row], bins=bins, density=True, color=COLORS[column % 6])
             grid[row, column].set(yticks=[], ylabel=name if column == 0 else "")
     return np.asarray(grid)
 
@@ -136,7 +136,8 @@ def cobweb(step: Callable[[float], float], start: float, steps: int, *, axes: Ax
 
 
 def losses(records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes | None = None) -> Axes:
-    """Training loss against iteration: the mean over seeds, the band one standard error, both of running means.
+    """Training loss against iteration: the mean over seeds, the band one standard error, both of running means
+    over the last iterations. The line of a series ends where one of its seeds diverged.
 
     Args:
         records: Name of the series to the records of its seeds.
@@ -145,9 +146,10 @@ def losses(records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes 
     """
     axes = _axes(axes)
     for index, (label, runs) in enumerate(records.items()):
-        loss = xr.concat([run.loss for run in runs], "seed").rolling(iteration=window, center=True, min_periods=1).mean()
-        error = loss.std("seed", ddof=1) / np.sqrt(len(runs))
-        band(loss.iteration, loss.mean("seed"), error, index=index, label=label, axes=axes)
+        # a seed that has diverged ends the line: without it the mean would fall
+        loss = xr.concat([run.loss for run in runs], "seed").rolling(iteration=window).mean()
+        error = loss.std("seed", ddof=1, skipna=False) / np.sqrt(len(runs))
+        band(loss.iteration, loss.mean("seed", skipna=False), error, index=index, label=label, axes=axes)
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.legend()
     return axes

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from svlib import _check
+from svlib._random import stream
 from svlib.moments import Decomposition, Moments
 
 Layer = nn.Linear | _ConvNd
@@ -39,27 +40,44 @@ def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def dimensions(layer: Layer, y: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """(sample, unit, position) dimensions of a layer's output, as :func:`svlib.decompose` takes them."""
-    unit = 1 if isinstance(layer, _ConvNd) else y.ndim - 1
+def dimensions(name: str, layer: Layer, y: torch.Tensor, inputs: int) -> tuple[int, int, tuple[int, ...]]:
+    """(sample, unit, position) dimensions of a layer's output, as :func:`svlib.decompose` takes them.
+
+    Raises:
+        ValueError: If the output does not have the ``inputs`` of the batch along its first dimension, or if a
+            convolution's output has none.
+    """
+    convolution = isinstance(layer, _ConvNd)
+    shape = tuple(y.shape)
+    if convolution and y.ndim != layer.weight.ndim:
+        raise ValueError(f"layer {name!r} must see a batch (inputs, channels, positions...), its output has shape {shape}")
+    if len(y) != inputs:
+        raise ValueError(f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}")
+    unit = 1 if convolution else y.ndim - 1
     return 0, unit, tuple(dim for dim in range(1, y.ndim) if dim != unit)
 
 
-def as_batches(batches: Any) -> Iterator[torch.Tensor]:
-    """The input tensors of a tensor, or of an iterable of tensors or of tuples whose first is the input.
+def as_batches(model: nn.Module, batches: Any) -> Iterator[torch.Tensor]:
+    """The input tensors, on the model's device, of a tensor or an iterable of tensors or of tuples that start with one.
 
     Raises:
-        TypeError: If ``batches`` is something else.
+        TypeError: If ``batches`` is something else, or of another floating type than the model's first layer.
+        ValueError: If a batch has no dimension or is not finite.
     """
+    weight = next(iter(weighted_layers(model).values())).weight
     if isinstance(batches, torch.Tensor):
         batches = (batches,)
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | dict):
         raise TypeError(f"batches must be a tensor or an iterable of tensors or tuples, got {type(batches).__name__}")
     for batch in batches:
         x = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"batches must hold tensors, or tuples that start with one, got {type(batch).__name__}")
-        yield x
+        if x.ndim == 0:
+            raise ValueError("batches must have the inputs along their first dimension, got a tensor without dimensions")
+        if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise TypeError(f"batches must be of the model's {weight.dtype}, got {x.dtype}")
+        yield _check.floating("batches", x).to(weight.device)
 
 
 @contextmanager
@@ -67,27 +85,31 @@ def observed(model: nn.Module, on_output: OnOutput) -> Iterator[None]:
     """Call ``on_output(name, layer, output)`` after every weighted layer; a tensor returned replaces the output.
 
     On leaving, also after an error, hooks are gone and buffers (BatchNorm's running statistics) and the
-    generators of random numbers (dropout's) are as before.
+    generators of random numbers (dropout's, the data loader's) are as before.
     """
     layers = weighted_layers(model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     hooks = [
         layer.register_forward_hook(lambda layer, _, output, name=name: on_output(name, layer, output))
         for name, layer in layers.items()
     ]
+    device = next(iter(layers.values())).weight.device
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             yield
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(iter(weighted_layers(model).values())).weight.device
+        for module, name, buffer, before in buffers:
+            module._buffers[name] = buffer  # a forward pass may have put another tensor in its place
+            if not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)
 
 
 def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
@@ -108,7 +130,8 @@ def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
 
     Raises:
         TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
-        ValueError: If there are fewer than two inputs, or a layer's output is not finite (it is named).
+        ValueError: If there are fewer than two inputs, no weighted layer is called, or a layer's output is not finite or
+            does not keep the inputs apart along its first dimension (the layer is named).
 
     Examples:
         >>> import torch
@@ -124,9 +147,8 @@ def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
     calls: Counter[str] = Counter()
 
     def record(name: str, layer: Layer, y: torch.Tensor) -> None:
-        calls[name] += 1
-        row = name if calls[name] == 1 else f"{name} ({calls[name]})"
-        sample, unit, positions = dimensions(layer, y)
+        row = _row_name(name, calls)
+        sample, unit, positions = dimensions(row, layer, y, inputs)
         try:
             moments.setdefault(row, Moments(sample, unit, positions)).update(y)
         except ValueError as error:
@@ -135,14 +157,22 @@ def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
         alive[row] = alive[row] | positive if row in alive else positive
         kinds[row] = type(layer).__name__, tuple(y.shape[1:])
 
-    device = _device(model)
+    inputs = 0
     with observed(model, record):
-        for x in as_batches(batches):
+        for x in as_batches(model, batches):
             calls.clear()
-            model(x.to(device))
+            inputs = len(x)
+            model(x)
     if not moments:
-        raise ValueError("batches must hold at least 2 inputs, got none")
+        missing = "batches must hold at least 2 inputs, got none"
+        raise ValueError("model must call a weighted layer, got none called" if inputs else missing)
     return pd.DataFrame([_row(row, *kinds[row], found.result(), alive[row]) for row, found in moments.items()])
+
+
+def _row_name(name: str, calls: Counter[str]) -> str:
+    """Count a call of a layer and name its row."""
+    calls[name] += 1
+    return name if calls[name] == 1 else f"{name} ({calls[name]})"
 
 
 def _row(name: str, kind: str, shape: tuple[int, ...], found: Decomposition, alive: torch.Tensor) -> dict[str, Any]:
@@ -169,7 +199,7 @@ def probe_gradients(model: nn.Module, inputs: torch.Tensor, *, seed: int) -> pd.
 
     Raises:
         TypeError: If ``model`` is not a module, ``inputs`` not a tensor or the output not a tensor.
-        ValueError: If ``seed`` is negative.
+        ValueError: If ``seed`` is negative or ``inputs`` not finite.
 
     Examples:
         >>> import torch
@@ -180,21 +210,24 @@ def probe_gradients(model: nn.Module, inputs: torch.Tensor, *, seed: int) -> pd.
         >>> [round(growth, 5) for growth in table.growth[:2]]
         [1.0, 1.0]
     """
-    generator = torch.Generator().manual_seed(_check.integer("seed", seed, 0))
+    generator = stream(seed, "direction")
+    calls: Counter[str] = Counter()
     outputs: list[tuple[str, torch.Tensor]] = []
 
     def record(name: str, layer: Layer, y: torch.Tensor) -> torch.Tensor:
         y = y if y.requires_grad else y.requires_grad_()
-        outputs.append((name, y))
-        return y
+        outputs.append((_row_name(name, calls), y))
+        return y.clone()  # an activation in place must not change what is differentiated by
 
-    (x,) = as_batches((inputs,))
+    if not isinstance(inputs, torch.Tensor):
+        raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
+    (x,) = as_batches(model, inputs)
     with observed(model, record), torch.enable_grad():
-        y = model(x.to(_device(model)))
+        y = model(x)
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"model must return a tensor, got {type(y).__name__}")
         direction = torch.randn(y.shape, generator=generator).to(y)
-        gradients = torch.autograd.grad(y, [output for _, output in outputs], direction)
+        gradients = torch.autograd.grad(y, [output for _, output in outputs], direction, materialize_grads=True)
     squares = pd.Series([float(gradient.double().square().mean()) for gradient in gradients])
     growth = squares / squares.shift(-1)
     return pd.DataFrame({"name": [name for name, _ in outputs], "gradient2": squares / squares.iloc[-1], "growth": growth})

@@ -19,11 +19,12 @@ import xarray as xr
 from tqdm import tqdm
 
 from svlib import _check
+from svlib._random import stream
 from svlib._record import provenance
 from svlib.moments import decompose
 
 NORMALIZATIONS = (None, "batch", "layer")
-_BLOCK_NUMBERS = 2**24  # weights or preactivations held at a time: 64 MB in float32
+_BLOCK_NUMBERS = 2**22  # weights or preactivations drawn at a time; with all copies about 200 MB
 
 # activation -> (function, <phi(z)^2> for a standard Gaussian z)
 _ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], Callable[[float], float]]] = {
@@ -54,19 +55,29 @@ class _Network:
         """Whether the scale may be taken out of each layer: it must pass through unchanged."""
         return self.activation != "tanh" and self.normalization is None
 
+    def attributes(self) -> dict[str, str | float]:
+        """The configuration, as the attributes of a record hold it."""
+        text = {name: str(getattr(self, name)) for name in ("dtype", "activation", "normalization", "residual")}
+        numbers = {name: getattr(self, name) for name in ("width", "samples", "seed", "negative_slope")}
+        return text | numbers | {"inputs": "white" if self.inputs is None else "given"}
+
     def block_size(self) -> int:
         features = self.width if self.inputs is None else max(self.width, self.inputs.shape[1])
         weights = 0 if self.samples == 1 else self.width * features
         return max(1, _BLOCK_NUMBERS // max(weights, self.samples * self.width))
 
     def normalized(self, y: torch.Tensor) -> torch.Tensor:
-        """BatchNorm over inputs or LayerNorm over units, without affine part and without epsilon."""
+        """BatchNorm over inputs or LayerNorm over units, without affine part and without epsilon.
+
+        What differs by no more than rounding counts as equal and becomes 0.
+        """
         if self.normalization is None:
             return y
         dim = 1 if self.normalization == "batch" else 2
         centred = y - y.mean(dim, keepdim=True)
         scale = centred.square().mean(dim, keepdim=True).sqrt()
-        return torch.where(scale > 0, centred / scale, torch.zeros_like(centred))
+        rounding = torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
+        return torch.where(scale > rounding, centred / scale, torch.zeros_like(centred))
 
     def linear(self, a: torch.Tensor, second_moment: float, generators: list[torch.Generator]) -> torch.Tensor:
         """Preactivations of a new random layer for activations ``a`` (networks, samples, features)."""
@@ -87,7 +98,7 @@ class _Network:
     def propagate(self, depth: int, networks: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield, layer by layer, preactivations (networks, samples, width) and the logarithm of the
         scale (networks,) by which they are to be multiplied."""
-        generators = [_generator(self.seed, network, self.device) for network in networks]
+        generators = [stream(self.seed, "network", network, self.device) for network in networks]
         function, second_moment = _ACTIVATIONS[self.activation]
         log_scale = torch.zeros(len(networks), dtype=torch.float64, device=self.device)
         if self.inputs is None:
@@ -100,42 +111,43 @@ class _Network:
                 branch = self.linear(a, second_moment(self.negative_slope), generators)
                 y = branch if self.residual is None else y + math.sqrt(self.residual) * branch
             if self.rescaled:
-                scale = y.square().mean((1, 2), dtype=torch.float64).sqrt()
+                scale = torch.linalg.vector_norm(y, dim=(1, 2), dtype=torch.float64) / math.sqrt(y[0].numel())
                 log_scale = log_scale + scale.log()
                 y = y / torch.where(scale > 0, scale, 1).to(self.dtype)[:, None, None]
             yield y, log_scale
 
 
-def _generator(seed: int, network: int, device: torch.device) -> torch.Generator:
-    state = np.random.SeedSequence([seed, network]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]) >> 1)
-
-
 def _configure(
-    width: Any, *, samples: Any, seed: Any, device: Any, dtype: Any, activation: Any, negative_slope: Any,
-    normalization: Any, residual: Any, inputs: Any, minimum_samples: int,
-) -> _Network:  # fmt: skip
-    slope = _check.activation(activation, negative_slope, _ACTIVATIONS)
-    _check.choice("normalization", normalization, NORMALIZATIONS)
+    width: Any, minimum_samples: int, *, samples: Any, inputs: Any, device: Any, dtype: Any, **options: Any
+) -> _Network:
+    """Check what :func:`simulate` and :func:`sample_preactivations` have in common."""
+    slope = _check.activation(options["activation"], options["negative_slope"], _ACTIVATIONS)
+    normalization = _check.choice("normalization", options["normalization"], NORMALIZATIONS)
+    residual = options["residual"]
     _check.choice("dtype", dtype, (torch.float32, torch.float64))
     found = _check.device(device)
+    width = _check.integer("width", width)
     if inputs is not None:
         inputs = _check.floating("inputs", inputs).to(found, dtype)
         if inputs.ndim != 2 or inputs.shape[1] == 0:
             raise ValueError(f"inputs must have shape (samples, features), got {tuple(inputs.shape)}")
-        if samples not in (None, len(inputs)):
+        if not torch.isfinite(inputs).all():
+            raise ValueError(f"inputs must be finite as {dtype}, got values beyond its range")
+        if samples is not None and _check.integer("samples", samples) != len(inputs):
             raise ValueError(f"samples must be None or the {len(inputs)} rows of inputs, got {samples!r}")
         samples = len(inputs)
     samples = _check.integer("samples", samples, minimum_samples)
     if normalization == "batch" and samples < 2:
         raise ValueError(f"samples must be at least 2 with normalization='batch', got {samples}")
+    if normalization == "layer" and width < 2:
+        raise ValueError(f"width must be at least 2 with normalization='layer', got {width}")
     return _Network(
-        width=_check.integer("width", width),
+        width=width,
         samples=samples,
-        seed=_check.integer("seed", seed, 0),
+        seed=_check.integer("seed", options["seed"], 0),
         device=found,
         dtype=dtype,
-        activation=activation,
+        activation=options["activation"],
         negative_slope=slope,
         normalization=normalization,
         residual=None if residual is None else _check.real("residual", residual, 0, open_low=True),
@@ -173,7 +185,8 @@ def simulate(
         samples: Number of inputs S, at least 2; with ``inputs`` it follows from them.
         seed: Seed of the ensemble; network k has the stream (seed, k). The numbers depend on the device type.
         device: Where to compute.
-        dtype: ``torch.float32`` or ``torch.float64``. Moments are float64 in any case.
+        dtype: ``torch.float32`` or ``torch.float64``. Moments are float64 in any case, but float32 preactivations
+            do not resolve v^2/sigma^2 below about 1e-9; deep networks with LayerNorm get there.
         activation: "relu", "leaky_relu", "linear" or "tanh".
         negative_slope: The slope of leaky ReLU.
         normalization: ``None``, ``"batch"`` (over the S inputs) or ``"layer"`` (over units), applied to
@@ -185,9 +198,9 @@ def simulate(
 
     Returns:
         Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first preactivation):
-        ``m2`` and ``v2``, unbiased in the number of inputs, averaged over units; ``ratio``, m/v (biased;
-        0 where ``m2`` is negative, NaN in a dead network); ``log_scale``, ln(sigma), exact where m2 and v2
-        underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
+        ``m2`` and ``v2``, unbiased in the number of inputs, averaged over units, infinite where float64 overflows;
+        ``ratio``, m/v (biased; 0 where ``m2`` is negative, NaN in a dead network); ``log_scale``, ln(sigma), exact
+        where m2 and v2 underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
         ``attrs`` hold configuration, versions, device and wall time.
 
     Raises:
@@ -203,8 +216,8 @@ def simulate(
     depth = _check.integer("depth", depth, 0)
     networks = _check.integer("networks", networks)
     network = _configure(
-        width, samples=samples, seed=seed, device=device, dtype=dtype, activation=activation, negative_slope=negative_slope,
-        normalization=normalization, residual=residual, inputs=inputs, minimum_samples=2,
+        width, 2, samples=samples, inputs=inputs, device=device, dtype=dtype, seed=seed, activation=activation,
+        negative_slope=negative_slope, normalization=normalization, residual=residual,
     )  # fmt: skip
     shape = (networks, depth + 1)
     m2, v2, ratio, log_scale = (np.empty(shape) for _ in range(4))
@@ -213,10 +226,10 @@ def simulate(
             rows = slice(block.start, block.stop)
             for layer, (y, log) in enumerate(network.propagate(depth, block)):
                 result = decompose(y, sample_dim=1, unit_dim=2)
-                power = np.exp(2 * log.cpu().numpy())
-                m2[rows, layer], v2[rows, layer] = result.m2 * power, result.v2 * power
                 ratio[rows, layer] = result.ratio
-                with np.errstate(divide="ignore"):
+                with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+                    power = np.exp(2 * log.cpu().numpy())
+                    m2[rows, layer], v2[rows, layer] = (np.where(x == 0, 0, x * power) for x in (result.m2, result.v2))
                     log_scale[rows, layer] = log.cpu().numpy() + (0 if network.rescaled else np.log(result.sigma2) / 2)
                 bar.update(len(block))
     dims = ("network", "layer")
@@ -229,14 +242,8 @@ def simulate(
             "dead": (dims, np.isneginf(log_scale)),
         },
         coords={"network": np.arange(networks), "layer": np.arange(depth + 1)},
-        attrs=provenance(network.device, started)
-        | {
-            "width": network.width, "depth": depth, "networks": networks, "samples": network.samples, "seed": network.seed,
-            "dtype": str(dtype), "activation": activation, "negative_slope": network.negative_slope,
-            "normalization": str(normalization), "residual": str(network.residual),
-            "inputs": "white" if inputs is None else "given",
-        },
-    )  # fmt: skip
+        attrs=provenance(network.device, started) | network.attributes() | {"depth": depth, "networks": networks},
+    )
 
 
 def sample_preactivations(
@@ -281,13 +288,15 @@ def sample_preactivations(
         {'network': 3, 'layer': 2, 'sample': 5, 'unit': 2}
     """
     started = time.perf_counter()
+    if not isinstance(layers, list | tuple | range | np.ndarray):
+        raise TypeError(f"layers must be a sequence of integers, got {layers!r}")
     wanted = [_check.integer("layers", layer, 0) for layer in layers]
     if not wanted or sorted(set(wanted)) != wanted:
-        raise ValueError(f"layers must be increasing and not empty, got {list(layers)}")
+        raise ValueError(f"layers must be increasing and not empty, got {wanted}")
     networks = _check.integer("networks", networks)
     network = _configure(
-        width, samples=samples, seed=seed, device=device, dtype=dtype, activation=activation, negative_slope=negative_slope,
-        normalization=normalization, residual=residual, inputs=inputs, minimum_samples=1,
+        width, 1, samples=samples, inputs=inputs, device=device, dtype=dtype, seed=seed, activation=activation,
+        negative_slope=negative_slope, normalization=normalization, residual=residual,
     )  # fmt: skip
     units = _check.integer("units", units)
     if units > network.width:
@@ -303,5 +312,5 @@ def sample_preactivations(
         kept.numpy(),
         dims=("network", "layer", "sample", "unit"),
         coords={"layer": wanted},
-        attrs=provenance(network.device, started) | {"width": network.width, "seed": network.seed},
+        attrs=provenance(network.device, started) | network.attributes(),
     )

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812, as torch's own documentation
 from tqdm import tqdm
 
 from svlib import _check, data, init, networks
+from svlib._random import stream
 from svlib._record import provenance
 from svlib.probing import probe
 
@@ -71,6 +72,17 @@ def _load(name: str) -> data.Split:
     return data.digits() if name == "digits" else data.membranes(seed=0)
 
 
+def _split(experiment: Experiment) -> data.Split:
+    """The experiment's data, if there are enough of them."""
+    if not isinstance(experiment, Experiment):
+        raise TypeError(f"experiment must be an Experiment, got {type(experiment).__name__}")
+    split = _load(experiment.data)
+    for name in ("batch_size", "calibration"):
+        if getattr(experiment, name) > len(split.images):
+            raise ValueError(f"{name} must be at most the {len(split.images)} training images, got {getattr(experiment, name)}")
+    return split
+
+
 def _network(experiment: Experiment, seed: int) -> nn.Module:
     batchnorm = experiment.initialization == "batchnorm"
     if experiment.data == "digits":
@@ -84,10 +96,14 @@ def _loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(scores, labels)
 
 
-def _error(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """Fraction of images, or of pixels, that are classified wrongly."""
+def _held_out(model: nn.Module, split: data.Split) -> tuple[float, float]:
+    """Loss, and fraction of images (or of pixels) classified wrongly, on the held-out data in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        scores = torch.cat([model(images) for images in torch.split(split.held_out_images, 256)])
+    labels = split.held_out_labels
     guesses = (scores > 0).to(labels) if scores.ndim == 4 else scores.argmax(1)
-    return float((guesses != labels).double().mean())
+    return float(_loss(scores, labels)), float((guesses != labels).double().mean())
 
 
 def initialized(experiment: Experiment, seed: int) -> nn.Module:
@@ -96,22 +112,16 @@ def initialized(experiment: Experiment, seed: int) -> nn.Module:
     The same seed gives all three initializations the same He weights and the same calibration batch.
 
     Raises:
-        TypeError: If ``seed`` is not an integer.
-        ValueError: If ``seed`` is negative.
+        TypeError: If ``experiment`` is not an Experiment or ``seed`` not an integer.
+        ValueError: If ``seed`` is negative, or there are fewer images than a batch wants.
     """
-    seed = _check.integer("seed", seed, 0)
-    split = _load(experiment.data)
+    split = _split(experiment)
     model = _network(experiment, seed)
     initializers: dict[str, Callable[..., Any]] = {"total": init.total_, "sample": init.sample_}
     if experiment.initialization in initializers:
-        order = torch.randperm(len(split.images), generator=_generator(seed, 0))
+        order = torch.randperm(len(split.images), generator=stream(seed, "calibration"))
         initializers[experiment.initialization](model, split.images[order[: experiment.calibration]])
     return model
-
-
-def _generator(seed: int, purpose: int) -> torch.Generator:
-    """A stream of its own for every use (0: calibration batch, 1: order of the data)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def run(experiment: Experiment, seed: int, *, progress: bool | None = None) -> xr.Dataset:
@@ -124,13 +134,14 @@ def run(experiment: Experiment, seed: int, *, progress: bool | None = None) -> x
 
     Returns:
         Dataset with ``loss`` (iteration), the training loss of each step's batch before the step; ``held_out_loss`` and
-        ``held_out_error`` (wrong images or pixels) after the last; ``m2``, ``v2`` (layer, by name) before training, on
-        held-out images. ``attrs`` hold configuration, seed, versions, device, wall time and ``diverged``: the iteration
-        at which the loss stopped being finite and the run ended, or -1. Losses from there on are NaN.
+        ``held_out_error`` (fraction of wrong images or pixels) after the last; ``m2``, ``v2`` (layer, by name) before
+        training, on held-out images. ``attrs`` hold configuration, seed, versions, device, wall time and ``diverged``:
+        the iteration at which the loss stopped being finite and the run ended, or -1. Losses from there on are NaN, and
+        so are ``held_out_loss`` and ``held_out_error``.
 
     Raises:
         TypeError: If ``experiment`` is not an Experiment or ``seed`` not an integer.
-        ValueError: If ``seed`` is negative.
+        ValueError: If ``seed`` is negative, or there are fewer images than a batch wants.
 
     Examples:
         >>> record = run(Experiment("digits", "sample", width=4, iterations=2, batch_size=8), seed=0)
@@ -138,15 +149,13 @@ def run(experiment: Experiment, seed: int, *, progress: bool | None = None) -> x
         (2, -1)
     """
     started = time.perf_counter()
-    if not isinstance(experiment, Experiment):
-        raise TypeError(f"experiment must be an Experiment, got {type(experiment).__name__}")
-    split = _load(experiment.data)
+    split = _split(experiment)
     model = initialized(experiment, seed)
     layers = probe(model, split.held_out_images[:_PROBED])
     optimizer = torch.optim.SGD(model.parameters(), lr=experiment.learning_rate, momentum=experiment.momentum)
     losses = np.full(experiment.iterations, np.nan)
     diverged = -1
-    order = _order(len(split.images), experiment.batch_size, _generator(seed, 1))
+    order = _order(len(split.images), experiment.batch_size, stream(seed, "order"))
     for iteration in tqdm(range(experiment.iterations), disable=None if progress is None else not progress):
         rows = next(order)
         loss = _loss(model(split.images[rows]), split.labels[rows])
@@ -158,14 +167,12 @@ def run(experiment: Experiment, seed: int, *, progress: bool | None = None) -> x
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    model.eval()
-    with torch.no_grad():
-        scores = torch.cat([model(images) for images in torch.split(split.held_out_images, 256)])
+    held_out_loss, held_out_error = (np.nan, np.nan) if diverged >= 0 else _held_out(model, split)
     return xr.Dataset(
         {
             "loss": ("iteration", losses),
-            "held_out_loss": float(_loss(scores, split.held_out_labels)),
-            "held_out_error": _error(scores, split.held_out_labels),
+            "held_out_loss": held_out_loss,
+            "held_out_error": held_out_error,
             "m2": ("layer", layers.m2),
             "v2": ("layer", layers.v2),
         },
@@ -176,8 +183,6 @@ def run(experiment: Experiment, seed: int, *, progress: bool | None = None) -> x
 
 def _order(images: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Yield rows of batches for ever; every epoch in a new order, the incomplete last batch left out."""
-    if batch_size > images:
-        raise ValueError(f"batch_size must be at most the {images} training images, got {batch_size}")
     while True:
         rows = torch.randperm(images, generator=generator)
         yield from torch.split(rows[: images - images % batch_size], batch_size)

@@ -91,7 +91,8 @@ class Shared(nn.Module):
 
 def constant_units() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
-    nn.init.zeros_(model[2].weight)
+    for parameter in model[2].parameters():
+        nn.init.zeros_(parameter)
     return model
 
 
@@ -110,11 +111,12 @@ class FailsTheSecondTime(nn.Module):
 @pytest.mark.parametrize(
     ("model", "initializer", "error", "message"),
     [
-        (constant_units(), sv.init.sample_, ValueError, "layer '2' must vary over inputs .* got 3 of 0"),
+        (constant_units(), sv.init.sample_, ValueError, r"layer '2' must have positive, finite scales .* got 3 of 3 not so"),
         (nn.Sequential(nn.Linear(4, 4, bias=False)), sv.init.sample_, ValueError, "layer '0' must have a bias"),
         (Shared(tied=True), sv.init.total_, ValueError, "must not share weights"),
         (Shared(tied=False), sv.init.total_, ValueError, "layer 'second' must be called once"),
         (nn.Sequential(nn.Linear(4, 4), FailsTheSecondTime()), sv.init.sample_, RuntimeError, "half-way"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), sv.init.total_, ValueError, "must hold its weight"),
         (
             nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1, groups=2)),
             sv.init.sample_,
@@ -122,7 +124,7 @@ class FailsTheSecondTime(nn.Module):
             "groups=1",
         ),
     ],
-    ids=["no variance", "no bias", "tied", "called twice", "raises", "groups"],
+    ids=["no variance", "no bias", "tied", "called twice", "raises", "parametrized", "groups"],
 )
 def test_failure_leaves_the_model_as_it_was(
     model: nn.Module, initializer: object, error: type[Exception], message: str

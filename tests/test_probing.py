@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import svlib as sv
+from svlib._random import stream
 from svlib.theory import maps
 
 
@@ -158,8 +159,8 @@ def test_gradients_equal_autograd_by_hand() -> None:
     y1 = model[2](model[1](y0))
     y1.retain_grad()
     y2 = model[4](model[3](y1))
-    direction = torch.randn(y2.shape, generator=torch.Generator().manual_seed(0))
-    y2.backward(direction)  # type: ignore[no-untyped-call]
+    direction = torch.randn(y2.shape, generator=stream(0, "direction"))
+    y2.backward(direction)
     squares = [float((g**2).mean()) for g in (y0.grad, y1.grad, direction) if g is not None]
     table = sv.probe_gradients(model, x, seed=0)
     np.testing.assert_allclose(table.gradient2, np.array(squares) / squares[-1], rtol=1e-5)
@@ -185,7 +186,7 @@ def test_gradients_grow_through_batchnorm_as_predicted() -> None:
         (nn.Linear(4, 2), [np.ones((3, 4))], TypeError, "batches must hold tensors"),
         (nn.Linear(4, 2), [], ValueError, "at least 2 inputs, got none"),
         (nn.Linear(4, 2), gaussian(1, 4), ValueError, "at least 2 inputs, got 1"),
-        (nn.Linear(4, 2), torch.full((3, 4), torch.nan), ValueError, "layer '': y must be finite, got 6 NaN"),
+        (nn.Linear(4, 2), torch.full((3, 4), torch.nan), ValueError, "batches must be finite, got 12 NaN"),
     ],
 )
 def test_bad_input(model: nn.Module, batches: object, error: type[Exception], message: str) -> None:
@@ -196,5 +197,75 @@ def test_bad_input(model: nn.Module, batches: object, error: type[Exception], me
 def test_bad_gradients() -> None:
     with pytest.raises(ValueError, match="seed must be at least 0"):
         sv.probe_gradients(nn.Linear(2, 2), gaussian(3, 2), seed=-1)
-    with pytest.raises(TypeError, match="batches must hold tensors"):
+    with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
         sv.probe_gradients(nn.Linear(2, 2), [1.0], seed=0)  # type: ignore[arg-type]
+
+
+def test_activations_in_place_do_not_change_the_gradients() -> None:
+    tables = []
+    for inplace in (False, True):
+        layers = [nn.Linear(6, 6) for _ in range(3)]
+        for seed, layer in enumerate(layers):
+            nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
+            layer.requires_grad_(not inplace)  # frozen parameters, too
+        model = nn.Sequential(layers[0], nn.ReLU(inplace), layers[1], nn.ReLU(inplace), layers[2])
+        for layer in layers:
+            nn.init.zeros_(layer.bias)
+        tables.append(sv.probe_gradients(model, gaussian(5, 6), seed=0))
+    np.testing.assert_allclose(tables[0].gradient2, tables[1].gradient2, rtol=1e-6)
+
+
+class Flattens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(0, 1))
+
+
+def test_inputs_must_stay_apart() -> None:
+    with pytest.raises(ValueError, match="layer 'layer' must keep the 3 inputs of a batch apart"):
+        sv.probe(Flattens(), gaussian(3, 5, 4))
+    with pytest.raises(ValueError, match="layer '' must see a batch"):
+        sv.probe(nn.Conv2d(1, 2, 3), gaussian(1, 6, 6))
+    with pytest.raises(TypeError, match=r"batches must be of the model's torch.float32, got torch.float64"):
+        sv.probe(nn.Linear(4, 2), gaussian(3, 4).double())
+
+
+class Replaces(nn.Module):
+    """Puts a new tensor in the place of its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.average: torch.Tensor
+        self.register_buffer("average", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        self.average = 0.9 * self.average + y.mean(0)
+        return y
+
+
+def test_replaced_buffers_come_back() -> None:
+    model = Replaces()
+    buffer = model.average
+    sv.probe(model, gaussian(3, 4))
+    assert model.average is buffer
+    assert not buffer.any()
+
+
+def test_no_weighted_layer_called() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="model must call a weighted layer"):
+        sv.probe(Idle(), gaussian(3, 4))
+    with pytest.raises(ValueError, match="layer 'layer' must be called in the model's forward pass"):
+        sv.init.total_(Idle(), gaussian(3, 4))

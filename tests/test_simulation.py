@@ -1,6 +1,7 @@
 """Random networks against a slow reference, against theory, and against themselves in other blocks."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 
 import svlib as sv
 from svlib import simulation
+from svlib._random import stream
 from svlib.simulation import sample_preactivations, simulate
 from svlib.theory import trajectory
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda y: np.maximum(y, 0),
     "leaky_relu": lambda y: np.where(y > 0, y, 0.3 * y),
     "linear": lambda y: y,
@@ -20,10 +22,19 @@ FUNCTIONS = {
 SECOND_MOMENTS = {"relu": 0.5, "leaky_relu": (1 + 0.09) / 2, "linear": 1.0, "tanh": 0.3942944903978}
 
 
-def reference(width: int, depth: int, samples: int, seed: int, network: int, activation: str = "relu",
-              normalization: str | None = None, residual: float | None = None, inputs: np.ndarray | None = None) -> list[np.ndarray]:  # fmt: skip
+def reference(
+    width: int,
+    depth: int,
+    samples: int,
+    seed: int,
+    network: int,
+    activation: str = "relu",
+    normalization: str | None = None,
+    residual: float | None = None,
+    inputs: np.ndarray | None = None,
+) -> list[np.ndarray]:
     """One network, one weight matrix after the other, no scale taken out; the same random numbers."""
-    generator = simulation._generator(seed, network, torch.device("cpu"))
+    generator = stream(seed, "network", network)
 
     def normal(rows: int) -> np.ndarray:
         return torch.empty(rows, width, dtype=torch.float64).normal_(generator=generator).numpy()
@@ -96,7 +107,7 @@ def test_wide_networks_follow_the_theory(options: dict[str, object]) -> None:
 
 def test_total_variance_is_preserved_on_average() -> None:
     for options in ({}, {"activation": "leaky_relu", "negative_slope": 0.3}, {"activation": "linear"}):
-        record = simulate(50, 5, networks=600, samples=2, seed=2, **options)  # type: ignore[arg-type]
+        record = simulate(50, 5, networks=600, samples=2, seed=2, **options)
         total = record.m2 + record.v2
         error = total.std("network", ddof=1) / np.sqrt(600)
         assert (abs(total.mean("network") - 1) < 4 * error).all()
@@ -151,11 +162,11 @@ def test_record_says_how_it_was_made() -> None:
 
 def test_no_global_generator_is_touched() -> None:
     torch.manual_seed(0)
-    before = torch.get_rng_state(), np.random.get_state()[1]
+    before, numpy_before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
     simulate(8, 2, networks=2, samples=3, seed=0)
     sample_preactivations(8, [1], networks=1, samples=1, units=1, seed=0)
-    assert torch.equal(before[0], torch.get_rng_state())
-    np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_before, np.random.get_state(legacy=False)["state"]["key"])
 
 
 def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +176,7 @@ def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
     assert "100%" in capfd.readouterr().err
 
 
-GOOD = {"width": 4, "depth": 2, "networks": 2, "samples": 3, "seed": 0}
+GOOD: dict[str, object] = {"width": 4, "depth": 2, "networks": 2, "samples": 3, "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -216,3 +227,27 @@ def test_gpu_ensemble_agrees_with_cpu() -> None:
     ratios = [simulate(100, 20, networks=100, samples=50, seed=0, device=device).ratio[:, 20] for device in ("cpu", "cuda")]
     error = math.hypot(*(float(ratio.std(ddof=1)) / 10 for ratio in ratios))
     assert abs(float(ratios[0].mean() - ratios[1].mean())) < 4 * error
+
+
+def test_uses_of_one_seed_share_no_numbers() -> None:
+    data = sv.data.gaussian(500, 64, seed=0).flatten()
+    weights = next(sv.networks.mlp(64, width=500, depth=2, outputs=3, seed=0).parameters()).detach().flatten()
+    assert abs(np.corrcoef(data, weights)[0, 1]) < 0.03
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        stream(-1, "data")
+    assert sv.data.gaussian(2, 2, seed=2**100).shape == (2, 2)
+
+
+def test_scales_beyond_the_range_of_squares() -> None:
+    for scale in (1e-25, 1e25):
+        record = simulate(16, 2, networks=2, inputs=scale * np.eye(3, 5), seed=0)
+        assert not record.dead.any()
+        np.testing.assert_allclose(record.log_scale[:, 0], math.log(scale) + 0.5 * math.log(1 / 5), atol=1)
+    with pytest.raises(ValueError, match=r"inputs must be finite as torch\.float32"):
+        simulate(16, 2, networks=2, inputs=np.full((3, 5), 1e300), seed=0)
+
+
+def test_equal_inputs_have_no_variance_for_batchnorm_to_amplify() -> None:
+    record = simulate(8, 3, networks=2, inputs=np.ones((7, 5)), seed=0, normalization="batch")
+    assert (record.v2 < 1e-12).all()
+    assert (record.m2[:, 1:] == 0).all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import svlib as sv
+from svlib._random import stream
 from svlib.training import Experiment, initialized, run
 
 SMALL = Experiment("digits", "sample", width=4, iterations=4, batch_size=16, calibration=32)
@@ -51,7 +52,7 @@ def test_loss_falls() -> None:
 def test_loss_of_the_first_step_is_by_hand() -> None:
     record = run(SMALL, seed=5)
     model, split = initialized(SMALL, seed=5), sv.data.digits()
-    rows = torch.randperm(len(split.images), generator=sv.training._generator(5, 1))[:16]
+    rows = torch.randperm(len(split.images), generator=stream(5, "order"))[:16]
     scores = torch.log_softmax(model(split.images[rows]).double(), 1)
     assert float(record.loss[0]) == pytest.approx(-float(scores[range(16), split.labels[rows]].mean().detach()), rel=1e-5)
 

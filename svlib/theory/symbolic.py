@@ -1,4 +1,4 @@
-r"""SymPy derivations of every formula that ``svlib.theory`` computes with.
+r"""SymPy derivations: the decomposition, the ReLU map and its fixed point, the decay law, BatchNorm's constants.
 
 Each function starts from a definition (an average, a Gaussian density, a differential equation) and lets
 SymPy reach the result; none starts from the answer. No function here calls the numerical code or is
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import sympy as sp
+
+from svlib import _check
 
 rho = sp.Symbol("rho", real=True)  #: correlation of two preactivations
 theta = sp.Symbol("theta", positive=True)  #: their angle, cos(theta) = rho
@@ -145,12 +147,17 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
     theta = 2 asin(s / sqrt(2)).
 
     Args:
-        terms: Number of terms after epsilon itself.
+        terms: Number of terms after epsilon itself, at least 1.
+
+    Raises:
+        TypeError: If ``terms`` is not an integer.
+        ValueError: If ``terms`` is below 1.
 
     Examples:
         >>> gap_expansion(1)
         -2*sqrt(2)*epsilon**(3/2)/(3*pi) + epsilon
     """
+    terms = _check.integer("terms", terms)
     s = sp.Symbol("s", positive=True)
     _, second = gaussian_relu_moments()
     decrement = gaussian_relu_product() / second - sp.cos(theta)  # f(rho) - rho, the loss of the gap

@@ -1,0 +1,74 @@
+"""Pictures show the numbers that they are given."""
+
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib import pyplot as plt
+
+import svlib as sv
+
+mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    with mpl.rc_context():
+        yield
+    plt.close("all")
+
+
+def test_decomposition_draws_roots() -> None:
+    layers = sv.theory.trajectory(5)
+    m, v, sigma = sv.plot.decomposition(layers).lines
+    np.testing.assert_allclose(np.asarray(m.get_ydata()), layers.m)
+    np.testing.assert_allclose(np.asarray(v.get_ydata()), layers.v)
+    np.testing.assert_allclose(np.asarray(sigma.get_ydata()), 1)
+
+
+def test_ratio_draws_mean_and_standard_deviation_over_networks() -> None:
+    record = sv.simulate(8, 3, networks=5, samples=6, seed=0)
+    axes = sv.plot.ratio(record, index=1, label="x")
+    np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), record.ratio.mean("network"))
+    heights = axes.collections[0].get_paths()[0].vertices
+    spread = record.ratio.std("network", ddof=1)
+    assert np.asarray(heights)[:, 1].max() == pytest.approx(float((record.ratio.mean("network") + spread).max()))
+
+
+def test_given_axes_are_used_and_returned() -> None:
+    _, axes = plt.subplots()
+    assert sv.plot.decomposition(sv.theory.trajectory(2), axes=axes) is axes
+    assert sv.plot.cobweb(sv.theory.maps.correlation, 0.0, 3) is not axes
+
+
+def test_cobweb_follows_the_iterates() -> None:
+    path = sv.plot.cobweb(lambda x: x / 2, 1.0, 3).lines[2]
+    np.testing.assert_allclose(np.asarray(path.get_xdata()), [1, 1, 0.5, 0.5, 0.25, 0.25])
+    np.testing.assert_allclose(np.asarray(path.get_ydata()), [1, 0.5, 0.5, 0.25, 0.25, 0.125])
+
+
+def test_a_diverged_seed_ends_the_line() -> None:
+    """Without it the mean of the others would seem to fall."""
+    runs = [
+        xr.Dataset({"loss": ("iteration", loss)}, {"iteration": range(4)}) for loss in ([1.0] * 4, [3.0, 3.0, np.nan, np.nan])
+    ]
+    line = sv.plot.losses({"a": runs}).lines[0]
+    np.testing.assert_array_equal(np.asarray(line.get_ydata()), [2, 2, np.nan, np.nan])
+
+
+def test_histograms() -> None:
+    axes = sv.plot.histograms({str(n): np.zeros((2, 10)) for n in range(7)}, ["a", "b"])
+    assert axes.shape == (2, 7)
+
+
+def test_book_style_is_the_same_every_time() -> None:
+    sv.plot.use_book_style()
+    assert mpl.rcParams["svg.hashsalt"] == "svlib"
+    assert mpl.rcParams["figure.facecolor"] == "none"
+
+
+def test_bad_index() -> None:
+    with pytest.raises(ValueError, match="index must be at least 0, got -1"):
+        sv.plot.look(-1)
