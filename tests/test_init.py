@@ -157,5 +157,5 @@ def test_bad_input(initializer: object) -> None:
     ):
         with pytest.raises(error, match=message):
             initializer(nn.Linear(4, 2), batches)  # type: ignore[operator]
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         initializer(3, gaussian(3, 4))  # type: ignore[operator]

@@ -267,5 +267,6 @@ def test_no_weighted_layer_called() -> None:
 
     with pytest.raises(ValueError, match="model must call a weighted layer"):
         sv.probe(Idle(), gaussian(3, 4))
-    with pytest.raises(ValueError, match="layer 'layer' must be called in the model's forward pass"):
-        sv.init.total_(Idle(), gaussian(3, 4))
+    half_idle = nn.Sequential(nn.Linear(4, 4), Idle())
+    with pytest.raises(ValueError, match=r"layer '1\.layer' must be called in the model's forward pass"):
+        sv.init.total_(half_idle, gaussian(3, 4))
