@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import nbformat
@@ -17,7 +18,7 @@ from IPython.display import Markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-COLUMNS = ("claim", "paper", "ours", "tolerance", "verdict")
+COLUMNS = ("claim", "verdict", "ours", "expected", "source", "tolerance")
 CHAPTERS = (
     "01-two-variances",
     "02-infinite-width",
@@ -58,16 +59,18 @@ def _row(
     spread = f" ± {error:.{digits}f}" if error else ""
     return (
         str(claim["text"]),
-        ("" if relation == "=" else f"{relation} ") + f"{paper:.{digits}f}",
-        f"{ours + 0:.{digits}f}{spread}",
-        f"{tolerance:g}" if relation == "=" else "2 standard errors",
         verdict(relation, paper, ours, error, tolerance),
+        f"{ours + 0:.{digits}f}{spread}",
+        ("" if relation == "=" else f"{relation} ") + f"{paper:.{digits}f}",
+        str(claim["source"]),
+        f"{tolerance:g}" if relation == "=" else "2 standard errors",
     )
 
 
-def _markdown(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> str:
+def table(rows: Iterable[Sequence[str]], columns: Sequence[str]) -> Markdown:
+    """A Markdown table, in which formulas and links work."""
     lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
 def report(chapter: str, found: dict[str, tuple[float, float]]) -> Markdown:
@@ -90,7 +93,7 @@ def report(chapter: str, found: dict[str, tuple[float, float]]) -> Markdown:
             "w", newline="", encoding="utf-8"
         ) as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-    return Markdown(_markdown(rows, COLUMNS))
+    return table(rows, COLUMNS)
 
 
 def stored(chapter: str) -> list[tuple[str, ...]]:
@@ -108,7 +111,7 @@ def overview(link: str = "[{number}]({chapter}.ipynb)") -> Markdown:
         for chapter in CHAPTERS
         for row in stored(chapter)
     ]
-    return Markdown(_markdown(rows, (*COLUMNS, "chapter")))
+    return table(rows, (*COLUMNS, "chapter"))
 
 
 def figure(chapter: str, name: str) -> str:

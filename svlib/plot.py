@@ -29,8 +29,8 @@ def use_book_style() -> None:
             "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "text.color": GREY,
             "xtick.color": GREY, "ytick.color": GREY, "legend.labelcolor": GREY, "legend.frameon": False,
             "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-            "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "font.size": 11,
-            "axes.titlesize": 11, "lines.linewidth": 1.8, "figure.figsize": (7.0, 4.0), "figure.constrained_layout.use": True,
+            "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "font.size": 12,
+            "axes.titlesize": 12, "lines.linewidth": 1.8, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True,
             "axes.prop_cycle": cycler(color=COLORS), "svg.hashsalt": "svlib",
         }
     )  # fmt: skip
@@ -107,7 +107,7 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
         The axes, (rows, columns).
     """
     names = list(layers)
-    _, grid = plt.subplots(len(names), len(columns), sharex=True, squeeze=False, figsize=(7, 1.5 * len(names)))
+    _, grid = plt.subplots(len(names), len(columns), sharex=True, squeeze=False, figsize=(6.4, 1.5 * len(names)))
     bins = np.linspace(-4, 4, 41)
     for column, (title, draws) in enumerate(columns.items()):
         grid[0, column].set_title(title)

@@ -110,7 +110,7 @@ def test_notebooks_are_executed_and_readable(path: Path) -> None:
 def test_stored_claims_are_those_of_the_chapter(chapter: str) -> None:
     notebook = nbformat.read(ROOT / "book" / f"{chapter}.ipynb", as_version=4)
     shown = [cell for cell in notebook.cells if cell.cell_type == "code"][-1].outputs[-1].data["text/markdown"]
-    assert shown == claims._markdown(claims.stored(chapter), claims.COLUMNS)
+    assert shown == claims.table(claims.stored(chapter), claims.COLUMNS).data
     stated = tomllib.loads((ROOT / "book" / "claims.toml").read_text(encoding="utf-8"))[chapter]
     assert [row[0] for row in claims.stored(chapter)] == [claim["text"] for claim in stated.values()]
 
