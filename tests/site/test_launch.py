@@ -1,0 +1,27 @@
+"""Once the repository's address is set in ``_config.yml``, the chapters get their launch buttons."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_launch_buttons_appear_with_a_repository(tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
+    for folder in ("book", "_static"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "_toc.yml", tmp_path)
+    config = (ROOT / "_config.yml").read_text(encoding="utf-8")
+    assert "launch" not in re.sub(r"^#.*$", "", config, flags=re.MULTILINE)
+    config, uncommented = re.subn(r"^# (repository:|launch_buttons:|  )", r"\1", config, flags=re.MULTILINE)
+    assert uncommented == 7
+    (tmp_path / "_config.yml").write_text(config.replace("OWNER/REPOSITORY", "example/example"), encoding="utf-8")
+    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "_build" / "html" / "book" / "01-two-variances.html").read_text(encoding="utf-8")
+    for service in ("mybinder.org/v2/gh/example/example", "colab.research.google.com/github/example/example"):
+        assert service in page
