@@ -213,3 +213,65 @@ def decompose(y: Any, sample_dim: int = 0, unit_dim: int = -1, position_dims: tu
         12.5 1.0 13.5
     """
     return Moments(sample_dim, unit_dim, position_dims).update(y).result()
+
+
+@dataclass(frozen=True, eq=False)
+class RaySplit:
+    """m^2 and the two parts of v^2; arrays of the kept dimensions, NumPy float64.
+
+    Attributes:
+        m2: Unbiased squared sample mean, as in :class:`Decomposition`.
+        angular: Sample variance across the mean direction: inputs point in different directions.
+        radial: Sample variance along the mean direction: inputs have different lengths.
+    """
+
+    m2: Array
+    angular: Array
+    radial: Array
+
+    @property
+    def v2(self) -> Array:
+        """v^2, the sum of its two parts."""
+        return np.asarray(self.angular + self.radial)
+
+
+def split_along_ray(y: Any) -> RaySplit:
+    r"""Split v^2 into a part across and a part along the common ray of the inputs.
+
+    The ray is the direction :math:`u` of the sample mean, a vector over units. With :math:`S` inputs and :math:`N` units
+
+    .. math::
+        v^2_\mathrm{radial}=\frac{1}{N(S-1)}\sum_a\big((y_a-\bar y)\cdot u\big)^2,
+        \qquad v^2_\mathrm{angular}=v^2-v^2_\mathrm{radial},
+
+    the latter computed from the remainders, so that it keeps its digits where it is small. Arithmetic has the precision
+    of ``y``, sums over inputs are float64. Where the mean is 0 there is no ray and all of v^2 is angular.
+
+    Args:
+        y: Array or tensor (..., inputs, units), at least 2 inputs.
+
+    Raises:
+        TypeError: If ``y`` does not hold real numbers.
+        ValueError: If ``y`` is empty, not finite, has fewer than two dimensions or inputs.
+
+    Examples:
+        >>> bool(split_along_ray([[1.0, 2.0], [3.0, 6.0]]).angular < 1e-12)  # two inputs on one ray
+        True
+    """
+    y = _check.floating("y", y)
+    if y.ndim < 2 or y.shape[-2] < 2 or y.numel() == 0:
+        raise ValueError(f"y must have shape (..., inputs, units) with at least 2 inputs, got {tuple(y.shape)}")
+    return _split_along_ray(y)
+
+
+def _split_along_ray(y: torch.Tensor) -> RaySplit:
+    inputs, units = y.shape[-2:]
+    mean = y.mean(-2, keepdim=True)
+    length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    ray = torch.where(length > 0, mean / length, 0)
+    centred = y - mean
+    along = centred @ ray.mT
+    across = torch.linalg.vector_norm(centred.addcmul_(along, ray, value=-1), dim=-1, keepdim=True)
+    radial, angular = (x.double().square().sum((-2, -1)) / (units * (inputs - 1)) for x in (along, across))
+    m2 = length[..., 0, 0].double().square() / units - (radial + angular) / inputs
+    return RaySplit(*(x.cpu().numpy() for x in (m2, angular, radial)))

@@ -3,6 +3,13 @@ r"""Random fully connected networks of finite width, on any device.
 :math:`y_{l+1}=W_l\,\phi(y_l)`, weights Gaussian with variance :math:`1/(N\langle\phi(z)^2\rangle)` (He's 2/N for ReLU),
 no biases (Luther & Seung, arXiv:1902.04942, section 2). Every network has its own stream of random numbers,
 so that its statistics do not depend on how many others are simulated beside it.
+
+Two methods sample the same ensemble. ``"weights"`` draws every weight matrix: :math:`N^2` normal numbers a layer.
+``"gram"`` uses that, given the activations A (S x N) of S inputs, the N units of the next layer are independent Gaussian
+vectors of covariance :math:`AA^\top` (times the weight variance). With :math:`A^\top=QR` they are :math:`R^\top z`, exactly
+so distributed, from N min(S, N) normal numbers. The covariance is singular where :math:`N\le S`, and nearly so once the
+inputs have become collinear. Its Cholesky factor, with the jitter that it then needs, is wrong without a warning. R comes
+from A itself by Householder reflections, whose error is no more than that of rounding A, whatever the rank.
 """
 
 from __future__ import annotations
@@ -10,21 +17,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from svlib import _check
 from svlib._random import stream
 from svlib._record import provenance
-from svlib.moments import decompose
+from svlib.moments import _split_along_ray
 
+Array = NDArray[Any]
+METHODS = ("auto", "gram", "weights")
 NORMALIZATIONS = (None, "batch", "layer")
-_BLOCK_NUMBERS = 2**22  # weights or preactivations drawn at a time; with all copies about 200 MB
 
 # activation -> (function, <phi(z)^2> for a standard Gaussian z)
 _ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], Callable[[float], float]]] = {
@@ -33,6 +44,21 @@ _ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], Cal
     "linear": (lambda y, a: y, lambda a: 1.0),
     "tanh": (lambda y, a: torch.tanh(y), lambda a: 0.3942944903978),
 }
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a simulation. ``record`` holds the networks that were finished."""
+
+    def __init__(self, record: xr.Dataset, networks: int) -> None:
+        super().__init__(
+            f"interrupted after {record.sizes['network']} of {networks} networks, which are in the exception's .record"
+        )
+        self.record = record
+
+
+def _gram_pays(width: int, samples: int) -> bool:
+    """Whether the gram method is the cheaper one, by nanoseconds per layer as measured on two cores (``benchmarks``)."""
+    return samples * (2 + samples / 23) < width * (2 + samples / 100)
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,8 @@ class _Network:
     normalization: str | None
     residual: float | None
     inputs: torch.Tensor | None
+    method: str
+    block_size: int
 
     @property
     def rescaled(self) -> bool:
@@ -57,14 +85,9 @@ class _Network:
 
     def attributes(self) -> dict[str, str | float]:
         """The configuration, as the attributes of a record hold it."""
-        text = {name: str(getattr(self, name)) for name in ("dtype", "activation", "normalization", "residual")}
-        numbers = {name: getattr(self, name) for name in ("width", "samples", "seed", "negative_slope")}
+        text = {name: str(getattr(self, name)) for name in ("dtype", "method", "activation", "normalization", "residual")}
+        numbers = {name: getattr(self, name) for name in ("width", "samples", "seed", "negative_slope", "block_size")}
         return text | numbers | {"inputs": "white" if self.inputs is None else "given"}
-
-    def block_size(self) -> int:
-        features = self.width if self.inputs is None else max(self.width, self.inputs.shape[1])
-        weights = 0 if self.samples == 1 else self.width * features
-        return max(1, _BLOCK_NUMBERS // max(weights, self.samples * self.width))
 
     def normalized(self, y: torch.Tensor) -> torch.Tensor:
         """BatchNorm over inputs or LayerNorm over units, without affine part and without epsilon.
@@ -80,41 +103,76 @@ class _Network:
         return torch.where(scale > rounding, centred / scale, torch.zeros_like(centred))
 
     def linear(self, a: torch.Tensor, second_moment: float, generators: list[torch.Generator]) -> torch.Tensor:
-        """Preactivations of a new random layer for activations ``a`` (networks, samples, features)."""
-        features = a.shape[-1]
-        scale = 1 / math.sqrt(features * second_moment)
-        if self.samples == 1:  # W a is Gaussian with variance |a|^2 times the weights': no W is needed
-            noise = self.normal((1, self.width), generators)
-            norm: torch.Tensor = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-            return noise * norm * scale
-        return torch.bmm(a, self.normal((features, self.width), generators)) * scale
+        """Preactivations of a new random layer for activations ``a`` (networks or 1, samples, features)."""
+        scale = 1 / math.sqrt(a.shape[-1] * second_moment)
+        if self.method == "gram":
+            a = factor(a)
+        return torch.matmul(a * scale, self.normal((a.shape[-1], self.width), generators))
 
     def normal(self, shape: tuple[int, int], generators: list[torch.Generator]) -> torch.Tensor:
+        """Standard normal numbers (networks, *shape), each network's from its own generator."""
         out = torch.empty(len(generators), *shape, device=self.device, dtype=self.dtype)
-        for slot, generator in zip(out, generators, strict=True):
-            slot.normal_(generator=generator)
+
+        def fill(part: slice) -> None:
+            for slot, generator in zip(out[part], generators[part], strict=True):
+                slot.normal_(generator=generator)
+
+        threads = torch.get_num_threads() if self.device.type == "cpu" and out.numel() > 2**18 else 1
+        if threads == 1:
+            fill(slice(None))
+        else:  # torch fills a tensor with one thread only
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(fill, [slice(first, None, threads) for first in range(threads)]))
         return out
 
     def propagate(self, depth: int, networks: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield, layer by layer, preactivations (networks, samples, width) and the logarithm of the
-        scale (networks,) by which they are to be multiplied."""
+        """Yield, layer by layer, preactivations (networks, samples, width) of mean square 1 and the logarithm (networks,) of
+        the scale by which they are to be multiplied."""
         generators = [stream(self.seed, "network", network, self.device) for network in networks]
         function, second_moment = _ACTIVATIONS[self.activation]
         log_scale = torch.zeros(len(networks), dtype=torch.float64, device=self.device)
         if self.inputs is None:
             y = self.normal((self.samples, self.width), generators)
         else:
-            y = self.linear(self.inputs.expand(len(networks), -1, -1), 1.0, generators)
+            peak = self.inputs.abs().max()
+            y = self.linear(self.inputs[None] / torch.where(peak > 0, peak, 1), 1.0, generators)
+            if self.rescaled:
+                log_scale = log_scale + peak.double().log()
+            else:
+                y = y * peak
         for layer in range(depth + 1):
             if layer > 0:
                 a = function(self.normalized(y), self.negative_slope)
                 branch = self.linear(a, second_moment(self.negative_slope), generators)
                 y = branch if self.residual is None else y + math.sqrt(self.residual) * branch
+            # squares of what is not rescaled may overflow; a float64 norm costs a copy
+            lengths = torch.linalg.vector_norm(y, dim=2, dtype=None if self.rescaled else torch.float64).double()
+            scale = torch.linalg.vector_norm(lengths, dim=1) / math.sqrt(y[0].numel())
+            divisor = torch.where(scale > 0, scale, 1).to(self.dtype)[:, None, None]
             if self.rescaled:
-                scale = torch.linalg.vector_norm(y, dim=(1, 2), dtype=torch.float64) / math.sqrt(y[0].numel())
                 log_scale = log_scale + scale.log()
-                y = y / torch.where(scale > 0, scale, 1).to(self.dtype)[:, None, None]
-            yield y, log_scale
+                yield y.div_(divisor), log_scale
+            else:
+                yield y / divisor, scale.log()
+
+
+def factor(a: torch.Tensor) -> torch.Tensor:
+    r"""Lower triangular L with :math:`LL^\top=AA^\top`, as accurate as A itself whatever the rank of A.
+
+    Args:
+        a: (..., samples, features).
+
+    Returns:
+        (..., samples, min(samples, features)), with a diagonal of at least 0, which makes it unique where A has full rank.
+
+    Examples:
+        >>> factor(torch.tensor([[3.0, 4.0], [6.0, 8.0]])).abs().round().tolist()  # collinear inputs
+        [[5.0, 0.0], [10.0, 0.0]]
+    """
+    upper = torch.linalg.qr(a.mT, mode="r").R
+    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)
+    lower: torch.Tensor = (upper * sign[..., None]).mT
+    return lower
 
 
 def _configure(
@@ -137,6 +195,14 @@ def _configure(
             raise ValueError(f"samples must be None or the {len(inputs)} rows of inputs, got {samples!r}")
         samples = len(inputs)
     samples = _check.integer("samples", samples, minimum_samples)
+    method = _check.choice("method", options["method"], METHODS)
+    if method == "auto":
+        method = "gram" if _gram_pays(width, samples) else "weights"
+    features = width if inputs is None else max(width, inputs.shape[1])
+    numbers = 8 * samples * features + (0 if method == "gram" else features * width)  # with all copies, as measured
+    block_size = int(_check.real("memory", options["memory"], 0)) // (numbers * dtype.itemsize)
+    if block_size == 0:
+        raise ValueError(f"memory must be at least {numbers * dtype.itemsize} bytes for one network, got {options['memory']}")
     if normalization == "batch" and samples < 2:
         raise ValueError(f"samples must be at least 2 with normalization='batch', got {samples}")
     if normalization == "layer" and width < 2:
@@ -152,23 +218,31 @@ def _configure(
         normalization=normalization,
         residual=None if residual is None else _check.real("residual", residual, 0, open_low=True),
         inputs=inputs,
+        method=method,
+        block_size=block_size,
     )
 
 
-def _blocks(networks: int, size: int) -> Iterator[range]:
-    for start in range(0, networks, size):
-        yield range(start, min(start + size, networks))
+def _blocks(networks: Any, size: int) -> list[range]:
+    """Cut ``networks``, a number or a range, into ranges of at most ``size``."""
+    if not isinstance(networks, range):
+        networks = range(_check.integer("networks", networks))
+    elif len(networks) == 0 or networks.step != 1 or networks.start < 0:
+        raise ValueError(f"networks must be a number or a range of step 1 that is not empty, got {networks}")
+    return [networks[start : start + size] for start in range(0, len(networks), size)]
 
 
 def simulate(
     width: int,
     depth: int,
     *,
-    networks: int,
+    networks: int | range,
     samples: int | None = None,
     seed: int,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    method: str = "auto",
+    memory: float = 2**27,
     activation: str = "relu",
     negative_slope: float = 0.0,
     normalization: str | None = None,
@@ -181,16 +255,21 @@ def simulate(
     Args:
         width: Units N of every layer.
         depth: Number of weight matrices after layer 0, at least 0.
-        networks: Number of networks.
+        networks: Number of networks, or a range of them: ``range(40, 60)`` gives networks 40 to 59 of the ensemble.
         samples: Number of inputs S, at least 2; with ``inputs`` it follows from them.
-        seed: Seed of the ensemble; network k has the stream (seed, k). The numbers depend on the device type.
+        seed: Seed of the ensemble; network k has the stream (seed, k). The numbers depend on the device type, the dtype and
+            the method, and in their last digits on the number of threads and of networks at a time.
         device: Where to compute.
-        dtype: ``torch.float32`` or ``torch.float64``. Moments are float64 in any case, but float32 preactivations
-            do not resolve v^2/sigma^2 below about 1e-9; deep networks with LayerNorm get there.
+        dtype: ``torch.float32`` or ``torch.float64``. Float32 preactivations do not resolve v^2/sigma^2 below about
+            1e-9; deep networks with LayerNorm get there.
+        method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly, from the same
+            distribution. "auto" takes the cheaper for this width and number of samples; the record says which.
+        memory: Bytes that the networks simulated at a time may take.
         activation: "relu", "leaky_relu", "linear" or "tanh".
         negative_slope: The slope of leaky ReLU.
         normalization: ``None``, ``"batch"`` (over the S inputs) or ``"layer"`` (over units), applied to
-            preactivations before the activation; the statistics reported are those before it.
+            preactivations before the activation; the statistics reported are those before it. A ReLU network with
+            BatchNorm is chaotic: it amplifies rounding, so that float32 reproduces its averages only.
         residual: :math:`\beta` in :math:`y'=y+\sqrt\beta\,W\phi(y)`, or ``None``.
         inputs: (samples, features). A first weight matrix of variance 1/features makes layer 0 of them.
             ``None``: layer 0 is iid N(0, 1), drawn anew for every network, as in the paper.
@@ -199,13 +278,15 @@ def simulate(
     Returns:
         Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first preactivation):
         ``m2`` and ``v2``, unbiased in the number of inputs, averaged over units, infinite where float64 overflows;
+        ``angular`` and ``radial``, the two parts of v2 (:func:`svlib.moments.split_along_ray`);
         ``ratio``, m/v (biased; 0 where ``m2`` is negative, NaN in a dead network); ``log_scale``, ln(sigma), exact
         where m2 and v2 underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
-        ``attrs`` hold configuration, versions, device and wall time.
+        ``attrs`` hold configuration, versions, device, method and wall time.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, a name unknown or the device not there.
+        ValueError: If an argument is out of range, a name unknown, the device not there, or the memory too small.
+        Interrupted: On Ctrl-C, with the finished networks as its ``record``.
 
     Examples:
         >>> record = simulate(64, 10, networks=20, samples=50, seed=0)
@@ -214,48 +295,95 @@ def simulate(
     """
     started = time.perf_counter()
     depth = _check.integer("depth", depth, 0)
-    networks = _check.integer("networks", networks)
     network = _configure(
-        width, 2, samples=samples, inputs=inputs, device=device, dtype=dtype, seed=seed, activation=activation,
-        negative_slope=negative_slope, normalization=normalization, residual=residual,
+        width, 2, samples=samples, inputs=inputs, device=device, dtype=dtype, seed=seed, activation=activation, method=method,
+        memory=memory, negative_slope=negative_slope, normalization=normalization, residual=residual,
     )  # fmt: skip
-    shape = (networks, depth + 1)
-    m2, v2, ratio, log_scale = (np.empty(shape) for _ in range(4))
-    with tqdm(total=networks * (depth + 1), disable=None if progress is None else not progress, unit="layer") as bar:
-        for block in _blocks(networks, network.block_size()):
-            rows = slice(block.start, block.stop)
-            for layer, (y, log) in enumerate(network.propagate(depth, block)):
-                result = decompose(y, sample_dim=1, unit_dim=2)
-                ratio[rows, layer] = result.ratio
-                with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-                    power = np.exp(2 * log.cpu().numpy())
-                    m2[rows, layer], v2[rows, layer] = (np.where(x == 0, 0, x * power) for x in (result.m2, result.v2))
-                    log_scale[rows, layer] = log.cpu().numpy() + (0 if network.rescaled else np.log(result.sigma2) / 2)
-                bar.update(len(block))
-    dims = ("network", "layer")
-    return xr.Dataset(
-        {
-            "m2": (dims, m2),
-            "v2": (dims, v2),
-            "ratio": (dims, ratio),
-            "log_scale": (dims, log_scale),
-            "dead": (dims, np.isneginf(log_scale)),
-        },
-        coords={"network": np.arange(networks), "layer": np.arange(depth + 1)},
-        attrs=provenance(network.device, started) | network.attributes() | {"depth": depth, "networks": networks},
-    )
+    blocks = _blocks(networks, network.block_size)
+    every = range(blocks[0].start, blocks[-1].stop)
+    finished: list[dict[str, Array]] = []
+
+    def record() -> xr.Dataset:
+        data = {name: (("network", "layer"), np.concatenate([part[name] for part in finished])) for name in finished[0]}
+        count = len(data["m2"][1])
+        return xr.Dataset(
+            data,
+            coords={"network": list(every[:count]), "layer": np.arange(depth + 1)},
+            attrs=provenance(network.device, started) | network.attributes() | {"depth": depth, "networks": count},
+        )
+
+    with tqdm(total=len(every) * (depth + 1), disable=None if progress is None else not progress, unit="layer") as bar:
+        try:
+            for block in blocks:
+                layers = []
+                for y, log_scale in network.propagate(depth, block):
+                    layers.append(_statistics(y, log_scale.cpu().numpy()))
+                    bar.update(len(block))
+                finished.append({name: np.stack([layer[name] for layer in layers], axis=1) for name in layers[0]})
+        except KeyboardInterrupt as stop:
+            if not finished:
+                raise
+            raise Interrupted(record(), len(every)) from stop
+    return record()
+
+
+def _statistics(y: torch.Tensor, log_scale: Array) -> dict[str, Array]:
+    """What a record holds of one layer: arrays (networks,) from preactivations of mean square 1 and their scale."""
+    split = _split_along_ray(y)
+    with np.errstate(over="ignore", invalid="ignore"):
+        power = np.exp(2 * log_scale)
+        absolute = {name: getattr(split, name) for name in ("m2", "v2", "angular", "radial")}
+        found = {name: np.where(x == 0, 0, x * power) for name, x in absolute.items()}
+        ratio = np.sqrt(np.maximum(split.m2, 0) / split.v2)
+    return found | {"ratio": ratio, "log_scale": log_scale, "dead": np.isneginf(log_scale)}
+
+
+def summarize(record: xr.Dataset) -> xr.Dataset:
+    """Average a record over its networks, without the dead ones.
+
+    Args:
+        record: Of :func:`simulate` or :func:`svlib.simulate_angles`; any Dataset with a dimension ``network``.
+
+    Returns:
+        Dataset with the same variables, in which a dimension ``statistic`` ("mean"; "deviation", the standard deviation over
+        networks; "error", the standard error of the mean) stands for ``network``, and ``alive``, the number averaged.
+        A value that is not finite in any network is left out of its average.
+
+    Raises:
+        ValueError: If the record has no dimension ``network``.
+
+    Examples:
+        >>> record = simulate(64, 10, networks=20, samples=50, seed=0)
+        >>> summary = summarize(record)
+        >>> bool(summary.ratio.sel(layer=10, statistic="error") < 0.1), int(summary.alive[10])
+        (True, 20)
+    """
+    if "network" not in record.dims:
+        raise ValueError(f"record must have a dimension 'network', got {list(record.dims)}")
+    living = record.drop_vars("dead") if "dead" in record else record
+    finite = living.where(np.isfinite(living))
+    if "dead" in record:
+        finite = finite.where(~record.dead)
+    alive = finite.notnull().sum("network")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        deviation = finite.std("network", ddof=1)
+        statistics = [finite.mean("network"), deviation, deviation / np.sqrt(alive)]
+    joined = xr.concat(statistics, pd.Index(["mean", "deviation", "error"], name="statistic"))
+    return joined.assign(alive=alive[next(iter(alive))]).assign_attrs(record.attrs)
 
 
 def sample_preactivations(
     width: int,
     layers: Sequence[int],
     *,
-    networks: int,
+    networks: int | range,
     samples: int | None = None,
     units: int,
     seed: int,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    method: str = "auto",
+    memory: float = 2**27,
     activation: str = "relu",
     negative_slope: float = 0.0,
     normalization: str | None = None,
@@ -265,15 +393,12 @@ def sample_preactivations(
 ) -> xr.DataArray:
     """Return raw preactivations of random networks, for histograms.
 
-    With one input per network no weight matrix is drawn: given the activations a, the next layer is
-    N independent Gaussian numbers of variance 2|a|^2/N (for ReLU), the same distribution.
-
     Args:
         layers: Layers to keep, counted from 0, increasing.
         samples: Number of inputs, at least 1.
         units: How many units of each layer to keep, the first ones.
-        width, networks, seed, device, dtype, activation, negative_slope, normalization, residual, inputs, progress:
-            As in :func:`simulate`.
+        width, networks, seed, device, dtype, method, memory, activation, negative_slope, normalization, residual, inputs,
+            progress: As in :func:`simulate`.
 
     Returns:
         Array with dimensions ``network``, ``layer``, ``sample`` and ``unit``, of the given dtype.
@@ -293,24 +418,27 @@ def sample_preactivations(
     wanted = [_check.integer("layers", layer, 0) for layer in layers]
     if not wanted or sorted(set(wanted)) != wanted:
         raise ValueError(f"layers must be increasing and not empty, got {wanted}")
-    networks = _check.integer("networks", networks)
     network = _configure(
-        width, 1, samples=samples, inputs=inputs, device=device, dtype=dtype, seed=seed, activation=activation,
-        negative_slope=negative_slope, normalization=normalization, residual=residual,
+        width, 1, samples=samples, inputs=inputs, device=device, dtype=dtype, seed=seed, activation=activation, method=method,
+        memory=memory, negative_slope=negative_slope, normalization=normalization, residual=residual,
     )  # fmt: skip
+    blocks = _blocks(networks, network.block_size)
+    every = range(blocks[0].start, blocks[-1].stop)
     units = _check.integer("units", units)
     if units > network.width:
         raise ValueError(f"units must be at most the width {network.width}, got {units}")
-    kept = torch.empty(networks, len(wanted), network.samples, units, dtype=dtype)
-    with tqdm(total=networks * (wanted[-1] + 1), disable=None if progress is None else not progress, unit="layer") as bar:
-        for block in _blocks(networks, network.block_size()):
-            for layer, (y, log) in enumerate(network.propagate(wanted[-1], block)):
+    kept = torch.empty(len(every), len(wanted), network.samples, units, dtype=dtype)
+    with tqdm(total=len(every) * (wanted[-1] + 1), disable=None if progress is None else not progress, unit="layer") as bar:
+        for block in blocks:
+            rows = slice(block.start - every.start, block.stop - every.start)
+            for layer, (y, log_scale) in enumerate(network.propagate(wanted[-1], block)):
                 if layer in wanted:
-                    kept[block.start : block.stop, wanted.index(layer)] = (y[..., :units] * log.exp()[:, None, None]).cpu()
+                    scale = log_scale.exp()[:, None, None]
+                    kept[rows, wanted.index(layer)] = (y[..., :units] * scale).cpu()
                 bar.update(len(block))
     return xr.DataArray(
         kept.numpy(),
         dims=("network", "layer", "sample", "unit"),
-        coords={"layer": wanted},
+        coords={"network": list(every), "layer": wanted},
         attrs=provenance(network.device, started) | network.attributes(),
     )
