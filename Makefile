@@ -41,7 +41,7 @@ site: $(INSTALLED)  ## build the site anew, warnings are errors
 	jupyter-book build . -W -n --keep-going
 
 unit: $(INSTALLED)  ## test the library and the built site
-	python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile  # one thread per worker, or they wait for each other
 
 chapters: $(INSTALLED)  ## run every chapter and compare with its stored outputs
 	python -m pytest --nbval book/

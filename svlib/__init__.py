@@ -5,9 +5,10 @@ initialization keeps sigma^2, and v^2 decays with depth (Luther & Seung, arXiv:1
 """
 
 from svlib import data, init, networks, plot, theory, training
+from svlib.angles import simulate_angles
 from svlib.moments import Decomposition, Moments, decompose
 from svlib.probing import probe, probe_gradients
-from svlib.simulation import sample_preactivations, simulate
+from svlib.simulation import sample_preactivations, simulate, summarize
 
 __all__ = [
     "Decomposition",
@@ -21,6 +22,8 @@ __all__ = [
     "probe_gradients",
     "sample_preactivations",
     "simulate",
+    "simulate_angles",
+    "summarize",
     "theory",
     "training",
 ]

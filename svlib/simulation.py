@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from svlib import _check
-from svlib._random import stream
+from svlib._random import fill_normal, stream
 from svlib._record import provenance
 from svlib.moments import _split_along_ray
 
@@ -99,7 +98,7 @@ class _Network:
         dim = 1 if self.normalization == "batch" else 2
         centred = y - y.mean(dim, keepdim=True)
         scale = centred.square().mean(dim, keepdim=True).sqrt()
-        rounding = torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
+        rounding = 16 * torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
         return torch.where(scale > rounding, centred / scale, torch.zeros_like(centred))
 
     def linear(self, a: torch.Tensor, second_moment: float, generators: list[torch.Generator]) -> torch.Tensor:
@@ -107,23 +106,10 @@ class _Network:
         scale = 1 / math.sqrt(a.shape[-1] * second_moment)
         if self.method == "gram":
             a = factor(a)
-        return torch.matmul(a * scale, self.normal((a.shape[-1], self.width), generators))
+        return torch.matmul(a * scale, self.normal(a.shape[-1], generators))
 
-    def normal(self, shape: tuple[int, int], generators: list[torch.Generator]) -> torch.Tensor:
-        """Standard normal numbers (networks, *shape), each network's from its own generator."""
-        out = torch.empty(len(generators), *shape, device=self.device, dtype=self.dtype)
-
-        def fill(part: slice) -> None:
-            for slot, generator in zip(out[part], generators[part], strict=True):
-                slot.normal_(generator=generator)
-
-        threads = torch.get_num_threads() if self.device.type == "cpu" and out.numel() > 2**18 else 1
-        if threads == 1:
-            fill(slice(None))
-        else:  # torch fills a tensor with one thread only
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(fill, [slice(first, None, threads) for first in range(threads)]))
-        return out
+    def normal(self, rows: int, generators: list[torch.Generator]) -> torch.Tensor:
+        return fill_normal(torch.empty(len(generators), rows, self.width, device=self.device, dtype=self.dtype), generators)
 
     def propagate(self, depth: int, networks: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield, layer by layer, preactivations (networks, samples, width) of mean square 1 and the logarithm (networks,) of
@@ -132,7 +118,7 @@ class _Network:
         function, second_moment = _ACTIVATIONS[self.activation]
         log_scale = torch.zeros(len(networks), dtype=torch.float64, device=self.device)
         if self.inputs is None:
-            y = self.normal((self.samples, self.width), generators)
+            y = self.normal(self.samples, generators)
         else:
             peak = self.inputs.abs().max()
             y = self.linear(self.inputs[None] / torch.where(peak > 0, peak, 1), 1.0, generators)
