@@ -4,7 +4,7 @@ The total variance of preactivations is sigma^2 = m^2 + v^2: squared sample mean
 initialization keeps sigma^2, and v^2 decays with depth (Luther & Seung, arXiv:1902.04942).
 """
 
-from svlib import data, init, networks, plot, theory, training
+from svlib import data, init, networks, plot, sweep, theory, training
 from svlib.angles import simulate_angles
 from svlib.moments import Decomposition, Moments, decompose
 from svlib.probing import probe, probe_gradients
@@ -24,6 +24,7 @@ __all__ = [
     "simulate",
     "simulate_angles",
     "summarize",
+    "sweep",
     "theory",
     "training",
 ]

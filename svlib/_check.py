@@ -76,6 +76,15 @@ def device(value: Any) -> torch.device:
     return found
 
 
+def precision(value: Any) -> torch.dtype:
+    """Return float32 or float64, given as a torch dtype or by name."""
+    accepted = {"float32": torch.float32, "float64": torch.float64}
+    for name, dtype in accepted.items():
+        if value is dtype or (isinstance(value, str) and value == name):
+            return dtype
+    raise ValueError(f"dtype must be one of {list(accepted)}, got {value!r}")
+
+
 def floating(name: str, value: Any) -> torch.Tensor:
     """Return an array or tensor of real numbers, all finite, as a detached tensor; arrays are copied."""
     if isinstance(value, torch.Tensor):

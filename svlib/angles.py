@@ -33,7 +33,7 @@ def simulate_angles(
     networks: int,
     seed: int,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     activation: str = "relu",
     negative_slope: float = 0.0,
     progress: bool | None = None,
@@ -50,7 +50,7 @@ def simulate_angles(
         networks: Number of networks; network k has the stream (seed, k).
         seed: Seed of the ensemble.
         device: Where to compute.
-        dtype: ``torch.float32`` or ``torch.float64``.
+        dtype: ``torch.float32`` or ``torch.float64``, or its name.
         activation: "relu", "leaky_relu" or "linear".
         negative_slope: The slope of leaky ReLU.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
@@ -75,7 +75,7 @@ def simulate_angles(
     networks, seed = _check.integer("networks", networks), _check.integer("seed", seed, 0)
     angle = _check.real("angle", angle, 0, math.pi, open_low=True)
     found = _check.device(device)
-    _check.choice("dtype", dtype, (torch.float32, torch.float64))
+    dtype = _check.precision(dtype)
     slope = 1.0 if _check.choice("activation", activation, ACTIVATIONS) == "linear" else negative_slope
     _check.activation(activation, negative_slope, ACTIVATIONS)
     results = np.full((4, networks, depth + 1), np.nan)

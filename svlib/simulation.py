@@ -101,27 +101,19 @@ class _Network:
         rounding = 16 * torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
         return torch.where(scale > rounding, centred / scale, torch.zeros_like(centred))
 
-    def linear(self, a: torch.Tensor, second_moment: float, generators: list[torch.Generator]) -> torch.Tensor:
-        """Preactivations of a new random layer for activations ``a`` (networks or 1, samples, features)."""
-        scale = 1 / math.sqrt(a.shape[-1] * second_moment)
-        if self.method == "gram":
-            a = factor(a)
-        return torch.matmul(a * scale, self.normal(a.shape[-1], generators))
-
-    def normal(self, rows: int, generators: list[torch.Generator]) -> torch.Tensor:
-        return fill_normal(torch.empty(len(generators), rows, self.width, device=self.device, dtype=self.dtype), generators)
-
     def propagate(self, depth: int, networks: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield, layer by layer, preactivations (networks, samples, width) of mean square 1 and the logarithm (networks,) of
-        the scale by which they are to be multiplied."""
+        """Yield, layer by layer, preactivations (networks, samples, width) of mean square 1, to be read before the next
+        layer overwrites them, and the logarithm (networks,) of the scale by which they are to be multiplied."""
         generators = [stream(self.seed, "network", network, self.device) for network in networks]
+        linear = _Linear(self.method, self.width, generators, self.device, self.dtype)
         function, second_moment = _ACTIVATIONS[self.activation]
         log_scale = torch.zeros(len(networks), dtype=torch.float64, device=self.device)
+        y = torch.empty(len(networks), self.samples, self.width, device=self.device, dtype=self.dtype)
         if self.inputs is None:
-            y = self.normal(self.samples, generators)
+            fill_normal(y, generators)
         else:
             peak = self.inputs.abs().max()
-            y = self.linear(self.inputs[None] / torch.where(peak > 0, peak, 1), 1.0, generators)
+            linear(self.inputs.expand(len(networks), -1, -1) / torch.where(peak > 0, peak, 1), 1.0, out=y)
             if self.rescaled:
                 log_scale = log_scale + peak.double().log()
             else:
@@ -129,8 +121,11 @@ class _Network:
         for layer in range(depth + 1):
             if layer > 0:
                 a = function(self.normalized(y), self.negative_slope)
-                branch = self.linear(a, second_moment(self.negative_slope), generators)
-                y = branch if self.residual is None else y + math.sqrt(self.residual) * branch
+                if self.residual is None:
+                    linear(a, second_moment(self.negative_slope), out=y)
+                else:
+                    branch = linear(a, second_moment(self.negative_slope), out=torch.empty_like(y))
+                    y = y + math.sqrt(self.residual) * branch
             # squares of what is not rescaled may overflow; a float64 norm costs a copy
             lengths = torch.linalg.vector_norm(y, dim=2, dtype=None if self.rescaled else torch.float64).double()
             scale = torch.linalg.vector_norm(lengths, dim=1) / math.sqrt(y[0].numel())
@@ -142,19 +137,64 @@ class _Network:
                 yield y / divisor, scale.log()
 
 
+class _Linear:
+    """A random layer without biases, by either method. It keeps the memory of its random numbers from call to call."""
+
+    def __init__(
+        self, method: str, width: int, generators: list[torch.Generator], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.method, self.width, self.generators = method, width, generators
+        self.noise = torch.empty(len(generators), 0, width, device=device, dtype=dtype)
+
+    def __call__(self, a: torch.Tensor, second_moment: float, out: torch.Tensor) -> torch.Tensor:
+        """Write into ``out`` the preactivations (networks, samples, width) of activations ``a`` (networks, samples, features)."""
+        scale = 1 / math.sqrt(a.shape[-1] * second_moment)
+        factors = (factor(a) if self.method == "gram" else a) * scale
+        if self.noise.shape[1] != factors.shape[2]:
+            self.noise = self.noise.new_empty(len(self.generators), factors.shape[2], self.width)
+        fill_normal(self.noise, self.generators)
+        if self.method == "weights":
+            return torch.bmm(factors, self.noise, out=out)
+        half = out.shape[1] // 2  # the factor is 0 above its diagonal
+        torch.bmm(factors[:, :half, :half], self.noise[:, :half], out=out[:, :half])
+        torch.bmm(factors[:, half:], self.noise, out=out[:, half:])
+        return out
+
+
 def factor(a: torch.Tensor) -> torch.Tensor:
     r"""Lower triangular L with :math:`LL^\top=AA^\top`, as accurate as A itself whatever the rank of A.
 
+    Cholesky's factor of the product where that is well-conditioned, which is about twice as fast; else R of
+    :math:`A^\top=QR`, by Householder reflections of A. Both are the same L, decided for each network alone.
+
     Args:
-        a: (..., samples, features).
+        a: (networks, samples, features), of a mean square near 1.
 
     Returns:
-        (..., samples, min(samples, features)), with a diagonal of at least 0, which makes it unique where A has full rank.
+        (networks, samples, min(samples, features)), with a diagonal of at least 0, which makes it unique where A has full rank.
 
     Examples:
-        >>> factor(torch.tensor([[3.0, 4.0], [6.0, 8.0]])).abs().round().tolist()  # collinear inputs
-        [[5.0, 0.0], [10.0, 0.0]]
+        >>> factor(torch.tensor([[[3.0, 4.0], [6.0, 8.0]]])).abs().round().tolist()  # collinear inputs
+        [[[5.0, 0.0], [10.0, 0.0]]]
     """
+    samples, features = a.shape[1:]
+    if features <= samples:  # the product has no inverse
+        return _triangular(a)
+    half = samples // 2  # only the lower triangle is needed: three of four blocks
+    product = torch.zeros(len(a), samples, samples, device=a.device, dtype=a.dtype)
+    product[:, :half, :half] = torch.bmm(a[:, :half], a[:, :half].mT)
+    product[:, half:] = torch.bmm(a[:, half:], a.mT)
+    lower: torch.Tensor
+    lower, failed = torch.linalg.cholesky_ex(product)
+    # what share of an input's square is left when those before it are known
+    left = lower.diagonal(dim1=1, dim2=2).square() / product.diagonal(dim1=1, dim2=2)
+    ill = (failed != 0) | ~(left.amin(1) > math.sqrt(torch.finfo(a.dtype).eps))
+    if ill.any():
+        lower[ill] = _triangular(a[ill])
+    return lower
+
+
+def _triangular(a: torch.Tensor) -> torch.Tensor:
     upper = torch.linalg.qr(a.mT, mode="r").R
     sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)
     lower: torch.Tensor = (upper * sign[..., None]).mT
@@ -168,7 +208,7 @@ def _configure(
     slope = _check.activation(options["activation"], options["negative_slope"], _ACTIVATIONS)
     normalization = _check.choice("normalization", options["normalization"], NORMALIZATIONS)
     residual = options["residual"]
-    _check.choice("dtype", dtype, (torch.float32, torch.float64))
+    dtype = _check.precision(dtype)
     found = _check.device(device)
     width = _check.integer("width", width)
     if inputs is not None:
@@ -226,7 +266,7 @@ def simulate(
     samples: int | None = None,
     seed: int,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     method: str = "auto",
     memory: float = 2**27,
     activation: str = "relu",
@@ -246,8 +286,8 @@ def simulate(
         seed: Seed of the ensemble; network k has the stream (seed, k). The numbers depend on the device type, the dtype and
             the method, and in their last digits on the number of threads and of networks at a time.
         device: Where to compute.
-        dtype: ``torch.float32`` or ``torch.float64``. Float32 preactivations do not resolve v^2/sigma^2 below about
-            1e-9; deep networks with LayerNorm get there.
+        dtype: ``torch.float32`` or ``torch.float64``, or its name. Float32 preactivations do not resolve v^2/sigma^2
+            below about 1e-9; deep networks with LayerNorm get there.
         method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly, from the same
             distribution. "auto" takes the cheaper for this width and number of samples; the record says which.
         memory: Bytes that the networks simulated at a time may take.
@@ -367,7 +407,7 @@ def sample_preactivations(
     units: int,
     seed: int,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     method: str = "auto",
     memory: float = 2**27,
     activation: str = "relu",
@@ -413,7 +453,7 @@ def sample_preactivations(
     units = _check.integer("units", units)
     if units > network.width:
         raise ValueError(f"units must be at most the width {network.width}, got {units}")
-    kept = torch.empty(len(every), len(wanted), network.samples, units, dtype=dtype)
+    kept = torch.empty(len(every), len(wanted), network.samples, units, dtype=network.dtype)
     with tqdm(total=len(every) * (wanted[-1] + 1), disable=None if progress is None else not progress, unit="layer") as bar:
         for block in blocks:
             rows = slice(block.start - every.start, block.stop - every.start)

@@ -1,0 +1,131 @@
+"""The command line: ``python -m svlib``, a thin layer over the functions of the same names."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import xarray as xr
+
+from svlib import simulation, sweep
+
+_ENSEMBLE = [
+    click.option("--depth", type=int, default=49, show_default=True, help="Weight matrices after layer 0."),
+    click.option("--samples", type=int, default=256, show_default=True, help="Inputs to each network."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True),
+    click.option("--method", type=click.Choice(simulation.METHODS), default="auto", show_default=True),
+    click.option("--memory", type=float, default=2**27, show_default=True, help="Bytes simulated at a time."),
+    click.option("--activation", default="relu", show_default=True),
+    click.option("--negative-slope", type=float, default=0.0, show_default=True),
+    click.option("--normalization", type=click.Choice(["batch", "layer"])),
+    click.option("--residual", type=float, help="beta in y + sqrt(beta) W phi(y)."),
+]
+_RUN = [
+    click.option("--block", type=click.IntRange(1), default=20, show_default=True, help="Networks in one point of the store."),
+    click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
+    click.option("--output", type=click.Path(path_type=Path), required=True, help="netCDF file to write."),
+    click.option("--store", type=click.Path(path_type=Path), help="Folder of finished points.  [default: OUTPUT.store]"),
+    click.option("--resume", is_flag=True, help="Go on with the finished points of the store."),
+]
+
+
+def _with(options: list[Callable[..., Any]]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command(help="Simulate an ensemble of random networks and write its record: every network, every layer.")
+@click.argument("width", type=int)
+@click.option("--networks", type=click.IntRange(1), default=100, show_default=True)
+@_with(_ENSEMBLE + _RUN)
+def simulate(width: int, networks: int, output: Path, **options: Any) -> None:
+    (record,) = _run({width: networks}, output=output, **options)
+    _write(record, output)
+
+
+@main.command(name="sweep")
+@click.argument("widths", nargs=-1, required=True, metavar="WIDTH:NETWORKS...")
+@_with(_ENSEMBLE + _RUN)
+def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
+    """Simulate several widths and write their averages over networks by layer.
+
+    For example 30:400 100:400 3000:100. Every network stays in the store.
+    """
+    try:
+        counts = {int(width): int(count) for width, count in (pair.split(":") for pair in widths)}
+    except ValueError:
+        raise click.BadParameter(f"must look like 30:400, got {' '.join(widths)}", param_hint="WIDTH:NETWORKS") from None
+    summaries = []
+    for record in _run(counts, output=output, **options):
+        relative = record[["v2", "angular", "radial"]] / record.m2
+        summaries.append(simulation.summarize(record.merge(relative.rename({name: f"{name}_over_m2" for name in relative}))))
+    joined = xr.concat(summaries, "width", combine_attrs="drop_conflicts").assign_coords(width=list(counts))
+    _write(joined.assign_attrs(wall_time=sum(summary.attrs["wall_time"] for summary in summaries)), output)
+
+
+def _run(
+    counts: dict[int, int], *, output: Path, store: Path | None, resume: bool, block: int, workers: int, **ensemble: Any
+) -> list[xr.Dataset]:
+    """One record for each width, from a sweep over blocks of its networks."""
+    store = store or output.with_name(output.name + ".store")
+    try:
+        if not resume and any(store.glob("*.nc")):
+            raise ValueError(f"store must be empty without --resume, got {store}")
+        if not resume and output.exists():
+            raise ValueError(f"output must not exist without --resume, got {output}")
+        points = [
+            {"width": width, "networks": range(start, min(start + block, count)), "progress": False} | ensemble
+            for width, count in counts.items()
+            for start in range(0, count, block)
+        ]
+        with _pool(workers) as executor:
+            parts = sweep.run(simulation.simulate, points, store, executor)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; finished points are in {store}, --resume goes on with them") from None
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    records = []
+    for width in counts:
+        mine = [part for part in parts if part.attrs["width"] == width]
+        joined = xr.concat(mine, "network", combine_attrs="drop_conflicts")
+        seconds = sum(part.attrs["wall_time"] for part in mine)
+        records.append(joined.assign_attrs(networks=counts[width], wall_time=seconds))
+    return records
+
+
+def _pool(workers: int) -> Any:
+    if workers == 1:
+        return nullcontext()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(threads,))
+
+
+def _write(record: xr.Dataset, output: Path) -> None:
+    temporary = output.with_name(output.name + ".unfinished")
+    record.to_netcdf(temporary, engine="scipy")
+    shutil.move(temporary, output)
+    click.echo(f"{output}: {dict(record.sizes)}, {record.attrs['wall_time']:.0f} s of simulation")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m svlib")

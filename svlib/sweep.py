@@ -1,0 +1,161 @@
+"""Many points, one function, any executor; finished points are kept on disk and not run again.
+
+A record is one file in the store, written whole or not at all. Its name holds two hashes: of the function and its
+arguments, by which it is found, and of its own bytes, by which damage is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from tqdm import tqdm
+
+Function = Callable[..., xr.Dataset]
+_POINT = "sweep_point"
+
+
+def run(
+    function: Function,
+    points: Iterable[Mapping[str, Any]],
+    store: str | os.PathLike[str],
+    executor: Executor | None = None,
+    *,
+    progress: bool | None = None,
+) -> list[xr.Dataset]:
+    """Call ``function(**point)`` for every point that has no record in ``store`` yet.
+
+    Records are written by this process, each as soon as its point is finished. A run that is killed or interrupted loses
+    only the points in flight; call again to go on. Where a point fails the others are still run.
+
+    Args:
+        function: A function of a module (executors send it by name) that returns an ``xarray.Dataset``.
+        points: Keyword arguments, of the types that JSON has, and ranges.
+        store: Folder of the records, made if missing.
+        executor: ``None`` to run here, or any ``concurrent.futures.Executor``: a ``ProcessPoolExecutor``, or Dask's
+            ``Client.get_executor()`` for a cluster.
+        progress: Show a progress bar; ``None`` shows it on a terminal only.
+
+    Returns:
+        The records, in the order of the points, as they were read from the store.
+
+    Raises:
+        TypeError: If a point holds what JSON does not, or the function returns something else than a Dataset.
+        ValueError: If a point comes twice.
+        RuntimeError: If points failed: how many, which first, and from which error. The others are in the store.
+
+    Warns:
+        UserWarning: If a record is damaged or another's; it is named and its point run again.
+
+    Examples:
+        >>> from svlib import simulate
+        >>> points = [{"width": 16, "depth": 5, "networks": 4, "samples": 8, "seed": seed} for seed in range(3)]
+        >>> with tempfile.TemporaryDirectory() as store:
+        ...     records = run(simulate, points, store)
+        ...     again = run(simulate, points, store)  # read, not run
+        >>> [a.identical(b) for a, b in zip(records, again)]
+        [True, True, True]
+    """
+    folder = Path(store)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [dict(point) for point in points]
+    texts = [_describe(function, point) for point in wanted]
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"points must differ, got {next(text for text in texts if texts.count(text) > 1)} twice")
+    records = {text: record for text in texts if (record := _load(folder, text)) is not None}
+    missing = {text: point for text, point in zip(texts, wanted, strict=True) if text not in records}
+    failures: dict[str, BaseException] = {}
+    with tqdm(total=len(wanted), initial=len(records), disable=None if progress is None else not progress, unit="point") as bar:
+        for text, call in _calls(function, missing, executor):
+            try:
+                result = call()
+                if not isinstance(result, xr.Dataset):
+                    raise TypeError(f"function must return an xarray.Dataset, got {type(result).__name__}")
+                _write(folder, text, result)
+            except Exception as error:
+                failures[text] = error
+            bar.update()
+    if failures:
+        text, first = next(iter(failures.items()))
+        count = f"{len(failures)} of {len(wanted)} points failed, the others are in {folder}"
+        raise RuntimeError(f"{count}; first {text}: {first!r}") from first
+    return [records[text] if text in records else _read(folder, text) for text in texts]
+
+
+def _calls(
+    function: Function, points: dict[str, dict[str, Any]], executor: Executor | None
+) -> Iterable[tuple[str, Callable[[], Any]]]:
+    """The name of each point with what returns or raises its result, as they get finished."""
+    if executor is None:
+        for text, point in points.items():
+            yield text, partial(function, **point)
+        return
+    futures = {executor.submit(function, **point): text for text, point in points.items()}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _describe(function: Function, point: dict[str, Any]) -> str:
+    """One text for a function and its arguments, the same in every process."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, range):
+            return {"range": [value.start, value.stop, value.step]}
+        raise TypeError(f"points must hold numbers, strings, None, lists or ranges, got {value!r}")
+
+    name = f"{function.__module__}.{function.__qualname__}"
+    return json.dumps([name, point], default=plain, sort_keys=True)
+
+
+def _key(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:32]
+
+
+def _write(folder: Path, text: str, record: xr.Dataset) -> None:
+    """Write a record under a temporary name, then rename it: there is never half a record."""
+    content = bytes(record.assign_attrs({_POINT: text}).to_netcdf(engine="scipy"))
+    descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".unfinished")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / f"{_key(text)}-{_key(content)}.nc")
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(folder: Path, text: str) -> xr.Dataset | None:
+    """The record of a point, or ``None`` if there is none that is whole and its own."""
+    for path in sorted(folder.glob(f"{_key(text)}-*.nc")):
+        content = path.read_bytes()
+        reason = "damaged" if path.stem != f"{_key(text)}-{_key(content)}" else ""
+        if not reason:
+            record = xr.load_dataset(content, engine="scipy")
+            if record.attrs.pop(_POINT, None) == text:
+                return record
+            reason = "the record of another point"
+        path.rename(path.with_suffix(".rejected"))
+        warnings.warn(f"{path} is {reason}; set aside as {path.stem}.rejected, the point runs again", stacklevel=3)
+    return None
+
+
+def _read(folder: Path, text: str) -> xr.Dataset:
+    record = _load(folder, text)
+    if record is None:
+        raise RuntimeError(f"the record of {text} has vanished from {folder}")
+    return record
