@@ -147,7 +147,7 @@ class _Linear:
         self.noise = torch.empty(len(generators), 0, width, device=device, dtype=dtype)
 
     def __call__(self, a: torch.Tensor, second_moment: float, out: torch.Tensor) -> torch.Tensor:
-        """Write into ``out`` the preactivations (networks, samples, width) of activations ``a`` (networks, samples, features)."""
+        """Write the preactivations for ``a`` (networks, samples, features) into ``out`` (networks, samples, width)."""
         scale = 1 / math.sqrt(a.shape[-1] * second_moment)
         factors = (factor(a) if self.method == "gram" else a) * scale
         if self.noise.shape[1] != factors.shape[2]:

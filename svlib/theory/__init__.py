@@ -1,6 +1,7 @@
-"""What is true in the limit of infinite width. Numbers here, derivations in ``svlib.theory.symbolic``."""
+"""What is true at infinite width, and to first order in 1/width. Numbers here, derivations in ``svlib.theory.symbolic``."""
 
 from svlib.theory import maps, symbolic
+from svlib.theory.finite_width import FiniteWidth, finite_width, plateau
 from svlib.theory.trajectory import Trajectory, trajectory
 
-__all__ = ["Trajectory", "maps", "symbolic", "trajectory"]
+__all__ = ["FiniteWidth", "Trajectory", "finite_width", "maps", "plateau", "symbolic", "trajectory"]
