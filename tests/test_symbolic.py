@@ -5,7 +5,8 @@ import pytest
 import sympy as sp
 from scipy import integrate, stats
 
-from svlib.theory import maps, symbolic, trajectory
+from svlib.angles import simulate_angles
+from svlib.theory import finite_width, maps, plateau, symbolic, trajectory
 
 
 def test_decomposition_and_bias() -> None:
@@ -69,3 +70,34 @@ def test_batchnorm_constants() -> None:
     z = np.random.default_rng(4).normal(size=1_000_000)
     relu = np.maximum(z, 0)
     assert relu.mean() ** 2 / (relu**2).mean() == pytest.approx(float(constants.m2), rel=5e-3)
+
+
+def test_moments_of_jakub_and_nica() -> None:
+    theta = symbolic.theta
+    j22 = ((sp.pi - theta) * (2 * sp.cos(theta) ** 2 + 1) + 3 * sp.sin(theta) * sp.cos(theta)) / (2 * sp.pi)
+    j31 = (3 * (sp.pi - theta) * sp.cos(theta) + sp.sin(theta) * sp.cos(theta) ** 2 + 2 * sp.sin(theta)) / (2 * sp.pi)
+    assert sp.simplify(symbolic.gaussian_relu_product(2, 2) - j22) == 0
+    assert sp.simplify(symbolic.gaussian_relu_product(3, 1) - j31) == 0
+    assert sp.simplify(symbolic.length_gain() - (sp.Rational(3, 2) - j22)) == 0
+    with pytest.raises(ValueError, match="first must be at least 1, got 0"):
+        symbolic.gaussian_relu_product(0)
+
+
+def test_length_gain_by_sampling() -> None:
+    """The variance over networks of the log-ratio of two lengths after one wide layer."""
+    record = simulate_angles(400, 1, angle=1.3, networks=20_000, seed=4)
+    x = record.log_ratio[:, 1].values
+    gain = float(symbolic.length_gain().subs(symbolic.theta, 1.3))
+    assert abs(x.var() / 2 * 400 - gain) < 4 * gain * np.sqrt(2 / 20_000) + 0.02
+
+
+def test_plateau_constant_from_the_series() -> None:
+    """Partial sums and the series of the tail, from two layers, and the extrapolation: ten digits."""
+    law = finite_width(1, 1000)
+    tail = sp.lambdify(symbolic.theta, symbolic.plateau_tail(3))
+    angular = law.angular[1:]
+    angles = 2 * np.arcsin(np.sqrt(angular / (1 + angular) / 2))
+    sums = law.radial[1:] + tail(angles)
+    assert sums[999] == pytest.approx(plateau(), abs=1e-9)
+    assert sums[499] == pytest.approx(plateau(), abs=2e-8)
+    assert f"{plateau():.8f}" == "10.65054549"

@@ -123,7 +123,7 @@ def finite_width(
     Examples:
         >>> law = finite_width(100, 49)
         >>> print(f"{law.ratio[49]:.2f}, at infinite width {1 / law.angular[49] ** 0.5:.2f}")
-        2.96, at infinite width 8.85
+        3.08, at infinite width 8.87
     """
     width, depth = _check.integer("width", width), _check.integer("depth", depth, 0)
     _check.choice("activation", activation, _FAMILY)
@@ -182,7 +182,7 @@ def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
 
     Examples:
         >>> print(f"{plateau():.9f}")
-        10.650550478
+        10.650545486
     """
     _check.choice("activation", activation, ("relu", "leaky_relu"))
     slope = maps._slope_of(activation, negative_slope)

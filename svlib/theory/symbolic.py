@@ -7,6 +7,7 @@ called by it, so that comparing the two tests both.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import sympy as sp
@@ -74,23 +75,36 @@ def gaussian_relu_moments() -> tuple[sp.Expr, sp.Expr]:
     return first, second
 
 
-def gaussian_relu_product() -> sp.Expr:
-    r"""<relu(z1) relu(z2)> for standard Gaussians of correlation cos(theta), from the bivariate density.
+@cache
+def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
+    r"""<relu(z1)^first relu(z2)^second> for standard Gaussians of correlation cos(theta), from the bivariate density.
 
     In the coordinates z1 = r cos(phi), z2 = r cos(phi - theta) the exponent of the density becomes -r^2/2,
-    and both preactivations are positive for theta - pi/2 < phi < pi/2 (0 < theta < pi).
+    and both preactivations are positive for theta - pi/2 < phi < pi/2 (0 < theta < pi). Powers 2 and 2 give
+    J22 of Jakub & Nica (2023), powers 3 and 1 J31.
+
+    Args:
+        first: Power of the first, at least 1.
+        second: Power of the second, at least 1.
+
+    Raises:
+        TypeError: If a power is not an integer.
+        ValueError: If a power is below 1.
 
     Examples:
         >>> gaussian_relu_product()
         ((pi - theta)*cos(theta) + sin(theta))/(2*pi)
+        >>> gaussian_relu_product(2, 2).subs(theta, sp.pi / 2)
+        1/4
     """
+    first, second = _check.integer("first", first), _check.integer("second", second)
     r = sp.Symbol("r", positive=True)
     phi, z1, z2 = sp.symbols("phi z1 z2", real=True)
     quadratic_form = (z1**2 - 2 * sp.cos(theta) * z1 * z2 + z2**2) / sp.sin(theta) ** 2
     density = sp.exp(-quadratic_form / 2) / (2 * sp.pi * sp.sin(theta))
     polar = {z1: r * sp.cos(phi), z2: r * sp.cos(phi - theta)}
     jacobian = sp.simplify(sp.Matrix([polar[z1], polar[z2]]).jacobian([r, phi]).det())
-    integrand = sp.simplify((z1 * z2 * density).subs(polar, simultaneous=True) * jacobian)
+    integrand = sp.simplify((z1**first * z2**second * density).subs(polar, simultaneous=True) * jacobian)
     over_radius = sp.expand_trig(sp.integrate(integrand, (r, 0, sp.oo)))
     product = sp.integrate(over_radius, (phi, theta - sp.pi / 2, sp.pi / 2))
     return sp.collect(sp.expand(2 * sp.pi * sp.simplify(product)), sp.cos(theta)) / (2 * sp.pi)
@@ -185,6 +199,54 @@ def decay_constant() -> sp.Expr:
     if sp.simplify(residue.subs(start, 0)) != 0:
         raise ArithmeticError("the solution does not satisfy its differential equation")
     return sp.limit(solution.subs(start, 0) * layer**2, layer, sp.oo)
+
+
+def length_gain() -> sp.Expr:
+    r"""What a layer adds to N v^2/m^2 through the lengths, 3/2 - J22(theta).
+
+    Given two inputs at angle theta, the squared lengths are means over N units of 2 relu(z)^2, of expectation 1. So the
+    logarithm of their ratio gains the variance <(2 relu(z1)^2 - 2 relu(z2)^2)^2> / N, that of the lengths a quarter of
+    it. Half the variance of a small log-ratio is the squared coefficient of variation over inputs.
+
+    Examples:
+        >>> length_gain().subs(theta, sp.pi / 2)
+        5/4
+        >>> sp.series(length_gain(), theta, 0, 4)
+        theta**2 + O(theta**4)
+    """
+    z = sp.Symbol("z", real=True)
+    fourth = sp.integrate(z**4 * sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi), (z, 0, sp.oo))
+    variance_of_squares = 4 * (2 * fourth - 2 * gaussian_relu_product(2, 2))  # <(a - b)^2> = <a^2> + <b^2> - 2 <ab>
+    return sp.expand(variance_of_squares / 4 / 2)
+
+
+def plateau_tail(terms: int = 4) -> sp.Expr:
+    r"""The sum of :func:`length_gain` over all layers from one with angle theta on, as a power series in theta.
+
+    The tail T obeys T(theta) - T(theta') = length_gain(theta), theta' being the angle one layer on, cos(theta') = f(cos theta).
+
+    Args:
+        terms: Number of terms, at least 1.
+
+    Raises:
+        TypeError: If ``terms`` is not an integer.
+        ValueError: If ``terms`` is below 1.
+
+    Examples:
+        >>> plateau_tail(1)
+        3*pi*theta
+    """
+    terms = _check.integer("terms", terms)
+    order = terms + 2
+    _, second = gaussian_relu_moments()
+    half_sine = sp.sqrt((1 - sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()) / 2)
+    step = sp.series(2 * sp.asin(sp.series(half_sine, theta, 0, order + 1).removeO()), theta, 0, order + 1).removeO()
+    coefficients = sp.symbols(f"c1:{terms + 1}")
+    tail = sum(c * theta**k for k, c in enumerate(coefficients, start=1))
+    gain = sp.series(length_gain(), theta, 0, order).removeO()
+    equation = sp.series(sp.expand(tail - tail.subs(theta, step) - gain), theta, 0, order).removeO()
+    found = sp.solve([equation.coeff(theta, k) for k in range(2, order)], coefficients, dict=True)[0]
+    return sp.expand(tail.subs(found))
 
 
 class BatchNorm(NamedTuple):
