@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svlib import Moments, decompose
+from svlib.moments import split_along_ray
 
 GENERATOR = np.random.default_rng(0)
 
@@ -127,3 +128,38 @@ def test_bad_chunks() -> None:
         moments.merge(Moments(1, 0))
     with pytest.raises(ValueError, match="at least 2 inputs, got 0"):
         Moments().result()
+
+
+def test_split_along_ray_by_hand() -> None:
+    """Projections on the direction of the mean, and what is left of each input, in float64."""
+    y = np.random.default_rng(1).normal(size=(3, 6, 4)) + 2.0
+    for values, tolerance in ((y, 1e-12), (y.astype(np.float32), 1e-5)):
+        found = split_along_ray(values)
+        for network in range(3):
+            mean = y[network].mean(0)
+            ray = mean / np.linalg.norm(mean)
+            along = (y[network] - mean) @ ray
+            across = y[network] - mean - np.outer(along, ray)
+            expected = decompose(y[network])
+            np.testing.assert_allclose(found.radial[network], (along**2).sum() / 5 / 4, rtol=tolerance)
+            np.testing.assert_allclose(found.angular[network], (across**2).sum() / 5 / 4, rtol=tolerance)
+            np.testing.assert_allclose(found.m2[network], expected.m2, rtol=tolerance)
+            np.testing.assert_allclose(found.v2[network], expected.v2, rtol=tolerance)
+
+
+def test_split_keeps_small_angles() -> None:
+    """Inputs on one ray to one part in a thousand million: the angular part is 1e-18 of the radial one, not rounding."""
+    ray, side = np.array([3.0, 4.0, 0.0]), np.array([0.0, 0.0, 1.0])
+    lengths = np.array([[1.0], [2.0], [4.0], [5.0]])
+    found = split_along_ray(lengths * ray + 1e-9 * np.array([[1.0], [-1.0], [1.0], [-1.0]]) * side)
+    assert found.angular == pytest.approx(4e-18 / 9, rel=1e-3)
+    assert found.radial == pytest.approx(25 * lengths.var(ddof=1) / 3)
+
+
+def test_split_without_a_mean() -> None:
+    found = split_along_ray([[1.0, 2.0], [-1.0, -2.0]])
+    assert found.radial == 0
+    assert found.angular == pytest.approx(5.0)
+    for bad in ([1.0, 2.0], [[1.0, 2.0]], np.empty((2, 0))):
+        with pytest.raises(ValueError, match=r"y must have shape \(\.\.\., inputs, units\)"):
+            split_along_ray(bad)
