@@ -73,7 +73,10 @@ def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
     try:
         counts = {int(width): int(count) for width, count in (pair.split(":") for pair in widths)}
     except ValueError:
-        raise click.BadParameter(f"must look like 30:400, got {' '.join(widths)}", param_hint="WIDTH:NETWORKS") from None
+        counts = {}
+    if len(counts) < len(widths) or min(counts.values()) < 1:
+        message = f"must be different widths like 30:400, got {' '.join(widths)}"
+        raise click.BadParameter(message, param_hint="WIDTH:NETWORKS")
     summaries = []
     for record in _run(counts, output=output, **options):
         relative = record[["v2", "angular", "radial"]] / record.m2
@@ -92,6 +95,7 @@ def _run(
             raise ValueError(f"store must be empty without --resume, got {store}")
         if not resume and output.exists():
             raise ValueError(f"output must not exist without --resume, got {output}")
+        output.parent.mkdir(parents=True, exist_ok=True)
         points = [
             {"width": width, "networks": range(start, min(start + block, count)), "progress": False} | ensemble
             for width, count in counts.items()

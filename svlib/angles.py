@@ -46,7 +46,7 @@ def simulate_angles(
     Args:
         width: Units n of every layer.
         depth: Number of layers (weight matrix and activation).
-        angle: Angle between the two inputs, in radians, in (0, pi).
+        angle: Angle between the two inputs, in radians, in (0, pi].
         networks: Number of networks; network k has the stream (seed, k).
         seed: Seed of the ensemble.
         device: Where to compute.
@@ -82,7 +82,7 @@ def simulate_angles(
     with tqdm(total=networks * depth, disable=None if progress is None else not progress, unit="layer") as bar:
         for start in range(0, networks, _NETWORKS_AT_A_TIME):
             block = range(start, min(start + _NETWORKS_AT_A_TIME, networks))
-            state = _Pair(width, angle, [stream(seed, "network", network, found) for network in block], slope, dtype)
+            state = _Pair(width, angle, [stream(seed, "pair", network, found) for network in block], slope, dtype)
             results[:, start : block.stop, 0] = state.statistics()
             for layer in range(1, depth + 1):
                 state.advance()

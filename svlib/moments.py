@@ -261,7 +261,9 @@ def split_along_ray(y: Any) -> RaySplit:
     y = _check.floating("y", y)
     if y.ndim < 2 or y.shape[-2] < 2 or y.numel() == 0:
         raise ValueError(f"y must have shape (..., inputs, units) with at least 2 inputs, got {tuple(y.shape)}")
-    return _split_along_ray(y)
+    peak = y.abs().max()  # squares might overflow otherwise
+    unit = _split_along_ray(y / torch.where(peak > 0, peak, 1))
+    return RaySplit(*(x * float(peak) ** 2 for x in (unit.m2, unit.angular, unit.radial)))
 
 
 def _split_along_ray(y: torch.Tensor) -> RaySplit:

@@ -49,10 +49,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a simulation. ``record`` holds the networks that were finished."""
 
     def __init__(self, record: xr.Dataset, networks: int) -> None:
-        super().__init__(
-            f"interrupted after {record.sizes['network']} of {networks} networks, which are in the exception's .record"
-        )
-        self.record = record
+        super().__init__(record, networks)
+        self.record, self.networks = record, networks
+
+    def __str__(self) -> str:
+        return f"interrupted after {self.record.sizes['network']} of {self.networks} networks; they are in .record"
 
 
 def _gram_pays(width: int, samples: int) -> bool:
@@ -97,9 +98,10 @@ class _Network:
             return y
         dim = 1 if self.normalization == "batch" else 2
         centred = y - y.mean(dim, keepdim=True)
-        scale = centred.square().mean(dim, keepdim=True).sqrt()
+        peak = centred.abs().amax(dim, keepdim=True)
+        centred = centred / peak  # its square cannot overflow
         rounding = 16 * torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
-        return torch.where(scale > rounding, centred / scale, torch.zeros_like(centred))
+        return torch.where(peak > rounding, centred / centred.square().mean(dim, keepdim=True).sqrt(), 0)
 
     def propagate(self, depth: int, networks: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield, layer by layer, preactivations (networks, samples, width) of mean square 1, to be read before the next
@@ -187,8 +189,9 @@ def factor(a: torch.Tensor) -> torch.Tensor:
     lower: torch.Tensor
     lower, failed = torch.linalg.cholesky_ex(product)
     # what share of an input's square is left when those before it are known
-    left = lower.diagonal(dim1=1, dim2=2).square() / product.diagonal(dim1=1, dim2=2)
-    ill = (failed != 0) | ~(left.amin(1) > math.sqrt(torch.finfo(a.dtype).eps))
+    squares, number = product.diagonal(dim1=1, dim2=2), torch.finfo(a.dtype)
+    left = lower.diagonal(dim1=1, dim2=2).square() / squares
+    ill = (failed != 0) | ~(left.amin(1) > math.sqrt(number.eps)) | (squares.amin(1) < number.tiny / number.eps)
     if ill.any():
         lower[ill] = _triangular(a[ill])
     return lower
@@ -222,8 +225,11 @@ def _configure(
         samples = len(inputs)
     samples = _check.integer("samples", samples, minimum_samples)
     method = _check.choice("method", options["method"], METHODS)
+    equal = inputs is not None and len(torch.unique(inputs, dim=0)) < samples
+    if method == "gram" and equal:  # its rounding would tell them apart, and a chaotic network amplify that
+        raise ValueError("method must be 'weights' or 'auto' where rows of inputs are equal, got 'gram'")
     if method == "auto":
-        method = "gram" if _gram_pays(width, samples) else "weights"
+        method = "gram" if _gram_pays(width, samples) and not equal else "weights"
     features = width if inputs is None else max(width, inputs.shape[1])
     numbers = 8 * samples * features + (0 if method == "gram" else features * width)  # with all copies, as measured
     block_size = int(_check.real("memory", options["memory"], 0)) // (numbers * dtype.itemsize)
@@ -242,7 +248,7 @@ def _configure(
         activation=options["activation"],
         negative_slope=slope,
         normalization=normalization,
-        residual=None if residual is None else _check.real("residual", residual, 0, open_low=True),
+        residual=None if residual is None else _check.real("residual", residual, 0, 1e12, open_low=True),
         inputs=inputs,
         method=method,
         block_size=block_size,
@@ -289,13 +295,13 @@ def simulate(
         dtype: ``torch.float32`` or ``torch.float64``, or its name. Float32 preactivations do not resolve v^2/sigma^2
             below about 1e-9; deep networks with LayerNorm get there.
         method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly, from the same
-            distribution. "auto" takes the cheaper for this width and number of samples; the record says which.
+            distribution, if no two are equal. "auto" takes the cheaper for this width and S; the record says which.
         memory: Bytes that the networks simulated at a time may take.
         activation: "relu", "leaky_relu", "linear" or "tanh".
         negative_slope: The slope of leaky ReLU.
         normalization: ``None``, ``"batch"`` (over the S inputs) or ``"layer"`` (over units), applied to
-            preactivations before the activation; the statistics reported are those before it. A ReLU network with
-            BatchNorm is chaotic: it amplifies rounding, so that float32 reproduces its averages only.
+            preactivations before the activation; the statistics reported are those before it. Networks with
+            BatchNorm or tanh are chaotic: they amplify rounding, so that float32 reproduces their averages only.
         residual: :math:`\beta` in :math:`y'=y+\sqrt\beta\,W\phi(y)`, or ``None``.
         inputs: (samples, features). A first weight matrix of variance 1/features makes layer 0 of them.
             ``None``: layer 0 is iid N(0, 1), drawn anew for every network, as in the paper.
@@ -304,9 +310,9 @@ def simulate(
     Returns:
         Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first preactivation):
         ``m2`` and ``v2``, unbiased in the number of inputs, averaged over units, infinite where float64 overflows;
-        ``angular`` and ``radial``, the two parts of v2 (:func:`svlib.moments.split_along_ray`);
-        ``ratio``, m/v (biased; 0 where ``m2`` is negative, NaN in a dead network); ``log_scale``, ln(sigma), exact
-        where m2 and v2 underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
+        ``angular`` and ``radial``, the two parts of v2 (:func:`svlib.moments.split_along_ray`); ``ratio``, m/v (biased; 0
+        where ``m2`` is negative, infinite where ``v2`` is 0, NaN in a dead network); ``log_scale``, ln(sigma), exact where
+        m2 and v2 underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
         ``attrs`` hold configuration, versions, device, method and wall time.
 
     Raises:
@@ -356,7 +362,7 @@ def simulate(
 def _statistics(y: torch.Tensor, log_scale: Array) -> dict[str, Array]:
     """What a record holds of one layer: arrays (networks,) from preactivations of mean square 1 and their scale."""
     split = _split_along_ray(y)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         power = np.exp(2 * log_scale)
         absolute = {name: getattr(split, name) for name in ("m2", "v2", "angular", "radial")}
         found = {name: np.where(x == 0, 0, x * power) for name, x in absolute.items()}
@@ -372,8 +378,8 @@ def summarize(record: xr.Dataset) -> xr.Dataset:
 
     Returns:
         Dataset with the same variables, in which a dimension ``statistic`` ("mean"; "deviation", the standard deviation over
-        networks; "error", the standard error of the mean) stands for ``network``, and ``alive``, the number averaged.
-        A value that is not finite in any network is left out of its average.
+        networks; "error", the standard error of the mean) stands for ``network``, and ``alive``, the number of networks
+        that live. What is not finite in a network, an m/v for example, is left out of that average.
 
     Raises:
         ValueError: If the record has no dimension ``network``.
@@ -390,12 +396,13 @@ def summarize(record: xr.Dataset) -> xr.Dataset:
     finite = living.where(np.isfinite(living))
     if "dead" in record:
         finite = finite.where(~record.dead)
-    alive = finite.notnull().sum("network")
+    counts = finite.notnull().sum("network")
+    alive = (~record.dead).sum("network") if "dead" in record else counts[next(iter(counts))]
     with np.errstate(invalid="ignore", divide="ignore"):
         deviation = finite.std("network", ddof=1)
-        statistics = [finite.mean("network"), deviation, deviation / np.sqrt(alive)]
+        statistics = [finite.mean("network"), deviation, deviation / np.sqrt(counts)]
     joined = xr.concat(statistics, pd.Index(["mean", "deviation", "error"], name="statistic"))
-    return joined.assign(alive=alive[next(iter(alive))]).assign_attrs(record.attrs)
+    return joined.assign(alive=alive).assign_attrs(record.attrs)
 
 
 def sample_preactivations(

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,20 @@ def run(
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        The records, in the order of the points, as they were read from the store.
+        The records, in the order of the points, as they were read from the store: equal calls give equal data, attributes
+        such as the wall time apart. Integers come back with 32 bits.
 
     Raises:
-        TypeError: If a point holds what JSON does not, or the function returns something else than a Dataset.
+        TypeError: If a point is no mapping or holds what JSON does not, or the function has no name in a module.
         ValueError: If a point comes twice.
-        RuntimeError: If points failed: how many, which first, and from which error. The others are in the store.
+        RuntimeError: If points failed: how many, which first, and from which error (for one, that it returned
+            no Dataset). The others are in the store.
 
     Warns:
         UserWarning: If a record is damaged or another's; it is named and its point run again.
 
     Examples:
+        >>> import tempfile
         >>> from svlib import simulate
         >>> points = [{"width": 16, "depth": 5, "networks": 4, "samples": 8, "seed": seed} for seed in range(3)]
         >>> with tempfile.TemporaryDirectory() as store:
@@ -67,7 +69,10 @@ def run(
     """
     folder = Path(store)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [dict(point) for point in points]
+    listed = list(points)
+    if isinstance(points, Mapping) or not all(isinstance(point, Mapping) for point in listed):
+        raise TypeError(f"points must be an iterable of mappings from argument to value, got {points!r}")
+    wanted = [dict(point) for point in listed]
     texts = [_describe(function, point) for point in wanted]
     if len(set(texts)) < len(texts):
         raise ValueError(f"points must differ, got {next(text for text in texts if texts.count(text) > 1)} twice")
@@ -99,24 +104,36 @@ def _calls(
         for text, point in points.items():
             yield text, partial(function, **point)
         return
-    futures = {executor.submit(function, **point): text for text, point in points.items()}
+    futures: dict[Future[Any], str] = {}
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result
+        for text, point in points.items():
+            try:  # as one argument, for Dask's submit has names of its own
+                futures[executor.submit(partial(function, **point))] = text
+            except RuntimeError as error:  # a broken or closed executor: what runs already may still finish
+                yield text, partial(_fail, error)
+        for future in as_completed(list(futures)):
+            yield futures.pop(future), future.result
     finally:
         for future in futures:
             future.cancel()
 
 
+def _fail(error: Exception) -> None:
+    raise error
+
+
 def _describe(function: Function, point: dict[str, Any]) -> str:
     """One text for a function and its arguments, the same in every process."""
+
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<nameless>')}"
+    if "<" in name:  # two of them could have one name
+        raise TypeError(f"function must be a function of a module, got {function!r}")
 
     def plain(value: Any) -> Any:
         if isinstance(value, range):
             return {"range": [value.start, value.stop, value.step]}
         raise TypeError(f"points must hold numbers, strings, None, lists or ranges, got {value!r}")
 
-    name = f"{function.__module__}.{function.__qualname__}"
     return json.dumps([name, point], default=plain, sort_keys=True)
 
 
@@ -126,17 +143,19 @@ def _key(content: str | bytes) -> str:
 
 def _write(folder: Path, text: str, record: xr.Dataset) -> None:
     """Write a record under a temporary name, then rename it: there is never half a record."""
-    content = bytes(record.assign_attrs({_POINT: text}).to_netcdf(engine="scipy"))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".unfinished")
+    # netCDF 3 has no integers beyond 32 bits
+    attributes = {name: str(x) if isinstance(x, int) and abs(x) >= 2**31 else x for name, x in record.attrs.items()}
+    content = bytes(record.assign_attrs(attributes | {_POINT: text}).to_netcdf(engine="scipy"))
+    name = f"{_key(text)}-{_key(content)}"
+    temporary = folder / f"{name}.{os.getpid()}.unfinished"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / f"{_key(text)}-{_key(content)}.nc")
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.replace(temporary, folder / f"{name}.nc")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _load(folder: Path, text: str) -> xr.Dataset | None:
@@ -145,10 +164,13 @@ def _load(folder: Path, text: str) -> xr.Dataset | None:
         content = path.read_bytes()
         reason = "damaged" if path.stem != f"{_key(text)}-{_key(content)}" else ""
         if not reason:
-            record = xr.load_dataset(content, engine="scipy")
+            try:
+                record = xr.load_dataset(content, engine="scipy")
+            except (TypeError, ValueError, OSError):
+                record = xr.Dataset()
             if record.attrs.pop(_POINT, None) == text:
                 return record
-            reason = "the record of another point"
+            reason = "not the record of this point"
         path.rename(path.with_suffix(".rejected"))
         warnings.warn(f"{path} is {reason}; set aside as {path.stem}.rejected, the point runs again", stacklevel=3)
     return None

@@ -21,7 +21,7 @@ def test_equals_plain_arithmetic(slope: float, angle: float) -> None:
     record = simulate_angles(20, 5, angle=angle, networks=4, seed=3, dtype=torch.float64, **options)  # type: ignore[arg-type]
     for network in range(4):
         drawn = torch.empty(2**13 // 40, 2, 20, dtype=torch.float64)
-        drawn.normal_(generator=stream(3, "network", network))
+        drawn.normal_(generator=stream(3, "pair", network))
         cosine, ratio = math.cos(angle), 1.0
         for layer in range(1, 6):
             g1, g2 = drawn[layer - 1].numpy()
@@ -52,7 +52,7 @@ def test_exact_law_of_vanishing_angles() -> None:
     """k ~ Bin(n, 1/2) active units: chi^2 with k - 1 over chi^2 with k degrees of freedom. In float32, to sin = e^-90."""
     record = simulate_angles(32, 2000, angle=1e-6, networks=200, seed=1)
     assert record.ln_sin2[:, -1].max() < -80
-    k = np.arange(3, 33)
+    k = np.arange(2, 33)
     share = binom.pmf(k, 32, 0.5)
     mean = share @ (digamma((k - 1) / 2) - digamma(k / 2))
     second = polygamma(1, (k - 1) / 2) + polygamma(1, k / 2) + (digamma((k - 1) / 2) - digamma(k / 2)) ** 2

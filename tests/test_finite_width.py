@@ -127,8 +127,18 @@ def test_small_angles_are_the_limit_of_the_expansion() -> None:
             assert whole.variance == pytest.approx(float(small.variance), abs=theta + 12 / width**2)
     with pytest.raises(ValueError, match=r"theta must be angles in \(0, pi\), got 0"):
         angles.expansion(0, 32)
-    with pytest.raises(ValueError, match="width must be at least 4, got 3"):
-        angles.vanishing_angle(3)
+    with pytest.raises(ValueError, match="width must be at least 2, got 1"):
+        angles.vanishing_angle(1)
+
+
+def test_exact_law_of_vanishing_angles_at_six_units() -> None:
+    """Two active units count: 15 of 57 cases with an angle left."""
+    steps = np.diff(sv.simulate_angles(6, 1, angle=1e-6, networks=40_000, seed=0).ln_sin2.values, axis=1)
+    steps = steps[np.isfinite(steps)]
+    law = angles.vanishing_angle(6)
+    assert abs(steps.mean() - law.mean) < 4 * steps.std() / math.sqrt(len(steps))
+    fourth = ((steps - steps.mean()) ** 4).mean()
+    assert abs(steps.var() - law.variance) < 4 * math.sqrt((fourth - law.variance**2) / len(steps))
 
 
 def test_leaky_plateau() -> None:

@@ -163,3 +163,10 @@ def test_split_without_a_mean() -> None:
     for bad in ([1.0, 2.0], [[1.0, 2.0]], np.empty((2, 0))):
         with pytest.raises(ValueError, match=r"y must have shape \(\.\.\., inputs, units\)"):
             split_along_ray(bad)
+
+
+def test_split_at_the_ends_of_float32() -> None:
+    y = np.array([[1, 2], [3, 7]], dtype=np.float32)
+    for scale in (1e-25, 1e25):
+        found, expected = split_along_ray(y * np.float32(scale)), split_along_ray(y)
+        np.testing.assert_allclose([found.m2, found.v2], np.array([expected.m2, expected.v2]) * scale**2, rtol=1e-5)

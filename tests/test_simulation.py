@@ -1,6 +1,7 @@
 """Random networks against a slow reference, against theory, and against themselves in other blocks."""
 
 import math
+import pickle
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +13,7 @@ from scipy.stats import ks_2samp
 
 import svlib as sv
 from svlib import simulation
-from svlib._random import stream
+from svlib._random import fill_normal, stream
 from svlib.simulation import Interrupted, sample_preactivations, simulate, summarize
 from svlib.theory import trajectory
 
@@ -410,3 +411,42 @@ def test_equal_inputs_have_no_variance_for_batchnorm_to_amplify() -> None:
     record = simulate(8, 3, networks=2, inputs=np.ones((7, 5)), seed=0, normalization="batch")
     assert (record.v2 < 1e-12).all()
     assert (record.m2[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("normalization", [None, "batch"])
+def test_equal_inputs_stay_equal(activation: str, normalization: str | None) -> None:
+    """Also where the network is chaotic: the gram method, which would round them differently, is not taken."""
+    inputs = np.random.default_rng(0).normal(size=(8, 20))
+    inputs[7] = inputs[0]
+    options = {"inputs": inputs, "networks": 2, "activation": activation, "normalization": normalization, "seed": 0}
+    y = sample_preactivations(100, [100], units=100, **options)  # type: ignore[arg-type]
+    assert y.attrs["method"] == "weights"
+    np.testing.assert_array_equal(y[:, 0, 0], y[:, 0, 7])
+    with pytest.raises(ValueError, match="method must be 'weights' or 'auto' where rows of inputs are equal"):
+        simulate(100, 2, method="gram", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalization", ["batch", "layer"])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_normalization_takes_any_scale(normalization: str, scale: float) -> None:
+    inputs = np.random.default_rng(0).normal(size=(5, 7))
+    records = [simulate(16, 3, networks=2, inputs=x, seed=0, normalization=normalization) for x in (inputs, scale * inputs)]
+    np.testing.assert_allclose(records[1].v2[:, 1:], records[0].v2[:, 1:], rtol=1e-3)
+
+
+def test_random_numbers_do_not_depend_on_threads() -> None:
+    numbers = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        numbers.append(fill_normal(torch.empty(7, 300, 200), [stream(0, "test", k) for k in range(7)]))
+    torch.set_num_threads(threads)
+    assert torch.equal(numbers[0], numbers[1])
+    assert torch.equal(numbers[0], numbers[2])
+    assert abs(float(numbers[0].std()) - 1) < 4 / math.sqrt(2 * numbers[0].numel())
+
+
+def test_interrupted_travels_between_processes() -> None:
+    caught = pickle.loads(pickle.dumps(Interrupted(simulate(4, 1, networks=2, samples=2, seed=0), 5)))
+    assert "after 2 of 5 networks" in str(caught)

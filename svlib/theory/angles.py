@@ -85,21 +85,21 @@ def vanishing_angle(width: int) -> Step:
     r"""Exact mean and variance of the change of :math:`\ln\sin^2\theta` as :math:`\theta\to0`.
 
     With k ~ Bin(n, 1/2) active units, :math:`\sin^2\theta'/\sin^2\theta` is a :math:`\chi^2_{k-1}` over the
-    :math:`\chi^2_k` of the squared length. Taken over k of at least 3, below which the variance or the angle does not exist.
+    :math:`\chi^2_k` of the squared length. Given k of at least 2: one active unit leaves no angle.
 
     Args:
-        width: Units n, at least 4.
+        width: Units n, at least 2.
 
     Raises:
         TypeError: If ``width`` is not an integer.
-        ValueError: If it is below 4.
+        ValueError: If it is below 2.
 
     Examples:
         >>> print("{:.5f} {:.4f}".format(*vanishing_angle(32)))
         -0.07185 0.2879
     """
-    n = _check.integer("width", width, 4)
-    active = np.arange(3, n + 1)
+    n = _check.integer("width", width, 2)
+    active = np.arange(2, n + 1)
     share = binom.pmf(active, n, 0.5)
     share = share / share.sum()
     means = digamma((active - 1) / 2) - digamma(active / 2)
