@@ -244,8 +244,8 @@ def plateau_tail(terms: int = 4) -> sp.Expr:
     coefficients = sp.symbols(f"c1:{terms + 1}")
     tail = sum(c * theta**k for k, c in enumerate(coefficients, start=1))
     gain = sp.series(length_gain(), theta, 0, order).removeO()
-    equation = sp.series(sp.expand(tail - tail.subs(theta, step) - gain), theta, 0, order).removeO()
-    found = sp.solve([equation.coeff(theta, k) for k in range(2, order)], coefficients, dict=True)[0]
+    difference = sp.expand(tail - tail.subs(theta, step) - gain)  # to vanish up to the order asked for
+    found = sp.solve([difference.coeff(theta, k) for k in range(2, order)], coefficients, dict=True)[0]
     return sp.expand(tail.subs(found))
 
 
