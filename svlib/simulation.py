@@ -430,8 +430,8 @@ def sample_preactivations(
         layers: Layers to keep, counted from 0, increasing.
         samples: Number of inputs, at least 1.
         units: How many units of each layer to keep, the first ones.
-        width, networks, seed, device, dtype, method, memory, activation, negative_slope, normalization, residual, inputs,
-            progress: As in :func:`simulate`.
+        width, networks, seed, device, dtype, method, memory, progress: As in :func:`simulate`.
+        activation, negative_slope, normalization, residual, inputs: As in :func:`simulate`.
 
     Returns:
         Array with dimensions ``network``, ``layer``, ``sample`` and ``unit``, of the given dtype.
