@@ -40,6 +40,7 @@ def other(seed: int) -> xr.Dataset:
 
 
 def contents(store: Path) -> dict[str, bytes]:
+    """What is in the store but for files that were being written when a run was killed."""
     return {path.name: path.read_bytes() for path in store.glob("*.nc")}
 
 
@@ -181,26 +182,32 @@ def test_killed_worker(tmp_path: Path) -> None:
 
 
 def test_run_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    """Each time some points further, at a random moment within the next ones."""
     points = [{"seed": seed, "steps": 20_000, "wait": 0.004} for seed in range(60)]
     sweep.run(walk, points, tmp_path / "undisturbed")
+    store = tmp_path / "store"
     moments = random.Random(0)
-    kills, progress = 0, []
+    kills, cut_short = 0, 0
     while kills < 20:
-        run = FORK.Process(target=sweep.run, args=(walk, points, tmp_path / "store"))
+        run = FORK.Process(target=sweep.run, args=(walk, points, store))
         run.start()
-        run.join(moments.uniform(0.0, 0.06))
-        if run.exitcode is None:
+        target = len(contents(store)) + moments.randint(0, 8)
+        while run.is_alive() and len(contents(store)) < target:
+            time.sleep(0.001)
+        run.join(moments.uniform(0, 0.01))
+        if run.is_alive():
             run.kill()
             kills += 1
         run.join()
-        progress.append(len(contents(tmp_path / "store")))
-        if progress[-1] == 60:  # finished between two kills: begin again
-            assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
-            for path in (tmp_path / "store").iterdir():
+        finished = len(contents(store))
+        cut_short += 0 < finished < 60
+        if finished == 60:  # begin again
+            assert contents(store) == contents(tmp_path / "undisturbed")
+            for path in store.iterdir():
                 path.unlink()
-    assert len(set(progress)) > 5  # killed in the middle, not before or after
-    sweep.run(walk, points, tmp_path / "store")
-    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
+    assert cut_short > 10
+    sweep.run(walk, points, store)
+    assert contents(store) == contents(tmp_path / "undisturbed")
 
 
 def test_dask_cluster_with_a_killed_worker(tmp_path: Path) -> None:

