@@ -15,7 +15,7 @@ import click
 import torch
 import xarray as xr
 
-from svlib import simulation, sweep
+from svlib import data, simulation, sweep, training
 
 _ENSEMBLE = [
     click.option("--depth", type=int, default=49, show_default=True, help="Weight matrices after layer 0."),
@@ -30,10 +30,10 @@ _ENSEMBLE = [
     click.option("--normalization", type=click.Choice(["batch", "layer"])),
     click.option("--residual", type=float, help="beta in y + sqrt(beta) W phi(y)."),
 ]
+_BLOCK = [click.option("--block", type=click.IntRange(1), default=20, show_default=True, help="Networks in one point.")]
+_OUTPUT = [click.option("--output", type=click.Path(path_type=Path), required=True, help="netCDF file to write.")]
 _RUN = [
-    click.option("--block", type=click.IntRange(1), default=20, show_default=True, help="Networks in one point of the store."),
     click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
-    click.option("--output", type=click.Path(path_type=Path), required=True, help="netCDF file to write."),
     click.option("--store", type=click.Path(path_type=Path), help="Folder of finished points.  [default: OUTPUT.store]"),
     click.option("--resume", is_flag=True, help="Go on with the finished points of the store."),
 ]
@@ -56,7 +56,7 @@ def main() -> None:
 @main.command(help="Simulate an ensemble of random networks and write its record: every network, every layer.")
 @click.argument("width", type=int)
 @click.option("--networks", type=click.IntRange(1), default=100, show_default=True)
-@_with(_ENSEMBLE + _RUN)
+@_with(_ENSEMBLE + _BLOCK + _RUN + _OUTPUT)
 def simulate(width: int, networks: int, output: Path, **options: Any) -> None:
     (record,) = _run({width: networks}, output=output, **options)
     _write(record, output)
@@ -64,7 +64,7 @@ def simulate(width: int, networks: int, output: Path, **options: Any) -> None:
 
 @main.command(name="sweep")
 @click.argument("widths", nargs=-1, required=True, metavar="WIDTH:NETWORKS...")
-@_with(_ENSEMBLE + _RUN)
+@_with(_ENSEMBLE + _BLOCK + _RUN + _OUTPUT)
 def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
     """Simulate several widths and write their averages over networks by layer.
 
@@ -85,28 +85,74 @@ def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
     _write(joined.assign_attrs(wall_time=sum(summary.attrs["wall_time"] for summary in summaries)), output)
 
 
+@main.command()
+@click.argument("dataset", metavar="DATA", type=click.Choice(training.DATA))
+@click.option("--init", "kinds", type=click.Choice(training.INITIALIZATIONS), multiple=True, help="Repeatable.  [default: all]")
+@click.option("--scale", type=click.Choice(list(training.SCALES)), default="quick", show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--rate", "rates", type=float, multiple=True, help="Learning rate, repeatable.  [default: a grid of five]")
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help=f"Folder of the data.  [default: ${data.FOLDER_VARIABLE}]"
+)
+@click.option("--download", is_flag=True, help="Put CIFAR-10's archive (170 MB, checked) into the folder first.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--mixed-precision", is_flag=True, help="bfloat16 by autocast, CUDA only.")
+@_with(_RUN)
+@click.option("--output", type=click.Path(path_type=Path), help="netCDF file to write.  [default: DATA-SCALE.nc]")
+def train(
+    dataset: str,
+    kinds: tuple[str, ...],
+    scale: str,
+    seeds: int,
+    rates: tuple[float, ...],
+    folder: Path | None,
+    download: bool,
+    device: str,
+    mixed_precision: bool,
+    store: Path | None,
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Train every initialization at every learning rate and seed, and write their losses, gradients and layers.
+
+    DATA is digits or membranes (embedded), cifar10 or micrographs (from --data). A run that is killed goes on, with --resume,
+    from its last checkpoint in the store.
+    """
+    output = output or Path(f"{dataset}-{scale}.nc")
+    store = store or output.with_name(output.name + ".store")
+    try:
+        if download:
+            if dataset != "cifar10" or folder is None:
+                raise ValueError("--download must come with cifar10 and --data, the folder to put it")
+            data.fetch_cifar10(folder)
+        points = training.grid(
+            dataset,
+            scale,
+            seeds=seeds,
+            initializations=kinds or training.INITIALIZATIONS,
+            learning_rates=rates or None,
+            mixed_precision=mixed_precision,
+        )
+        training.initialized(points[0]["experiment"], 0, folder=folder, device=device)  # what is missing shows before the sweep
+    except (TypeError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    place = None if folder is None else str(folder)
+    common = {"folder": place, "device": device, "checkpoints": str(store / "checkpoints")}
+    records = _swept(training.run, points, output=output, store=store, common=common, **options)
+    _write(training.collect(records), output)
+    shutil.rmtree(store / "checkpoints", ignore_errors=True)  # every run has its record now
+
+
 def _run(
     counts: dict[int, int], *, output: Path, store: Path | None, resume: bool, block: int, workers: int, **ensemble: Any
 ) -> list[xr.Dataset]:
     """One record for each width, from a sweep over blocks of its networks."""
-    store = store or output.with_name(output.name + ".store")
-    try:
-        if not resume and any(store.glob("*.nc")):
-            raise ValueError(f"store must be empty without --resume, got {store}")
-        if not resume and output.exists():
-            raise ValueError(f"output must not exist without --resume, got {output}")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        points = [
-            {"width": width, "networks": range(start, min(start + block, count)), "progress": False} | ensemble
-            for width, count in counts.items()
-            for start in range(0, count, block)
-        ]
-        with _pool(workers) as executor:
-            parts = sweep.run(simulation.simulate, points, store, executor)
-    except KeyboardInterrupt:
-        raise click.ClickException(f"interrupted; finished points are in {store}, --resume goes on with them") from None
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    points = [
+        {"width": width, "networks": range(start, min(start + block, count)), "progress": False} | ensemble
+        for width, count in counts.items()
+        for start in range(0, count, block)
+    ]
+    parts = _swept(simulation.simulate, points, output=output, store=store, resume=resume, workers=workers)
     records = []
     for width in counts:
         mine = [part for part in parts if part.attrs["width"] == width]
@@ -114,6 +160,32 @@ def _run(
         seconds = sum(part.attrs["wall_time"] for part in mine)
         records.append(joined.assign_attrs(networks=counts[width], wall_time=seconds))
     return records
+
+
+def _swept(
+    function: Callable[..., xr.Dataset],
+    points: list[dict[str, Any]],
+    *,
+    output: Path,
+    store: Path | None,
+    resume: bool,
+    workers: int,
+    common: dict[str, Any] | None = None,
+) -> list[xr.Dataset]:
+    """The records of a sweep; what goes wrong becomes one line."""
+    store = store or output.with_name(output.name + ".store")
+    try:
+        if not resume and any(store.glob("*.nc")):
+            raise ValueError(f"store must be empty without --resume, got {store}")
+        if not resume and output.exists():
+            raise ValueError(f"output must not exist without --resume, got {output}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _pool(workers) as executor:
+            return sweep.run(function, points, store, executor, common=common)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; finished points are in {store}, --resume goes on with them") from None
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _pool(workers: int) -> Any:
@@ -128,7 +200,7 @@ def _write(record: xr.Dataset, output: Path) -> None:
     temporary = output.with_name(output.name + ".unfinished")
     record.to_netcdf(temporary, engine="scipy")
     shutil.move(temporary, output)
-    click.echo(f"{output}: {dict(record.sizes)}, {record.attrs['wall_time']:.0f} s of simulation")
+    click.echo(f"{output}: {dict(record.sizes)}, {record.attrs['wall_time']:.0f} s of computing")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""Data that needs no network connection: Gaussian inputs, scikit-learn's digits, drawn membranes.
+"""Data of the same kind from every source: embedded (white noise, digits, drawn membranes), or from a folder of the user's.
 
 Images are float32 tensors (inputs, channels, height, width), standardized by the mean and deviation of the training images.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tarfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pooch
 import torch
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
@@ -16,14 +22,26 @@ from sklearn.datasets import load_digits
 from svlib import _check
 from svlib._random import stream
 
+FOLDER_VARIABLE = "SVLIB_DATA"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+_CIFAR10_ARCHIVE, _CIFAR10_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
+_CIFAR10_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+_CIFAR10_RECORDS = 10_000  # in each file; a record is a label byte, then 1024 red, 1024 green, 1024 blue
+_MICROGRAPHS = "https://imagej.net/events/isbi-2012-segmentation-challenge"
+
 
 class Split(NamedTuple):
-    """Training and held-out data; labels are int64 classes (inputs,) or 0/1 masks (inputs, 1, height, width)."""
+    """Training and held-out data; labels are int64 classes (inputs,) or 0/1 masks (inputs, 1, height, width).
+
+    ``source`` says in words, for records, which copy of the data this is.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     held_out_images: torch.Tensor
     held_out_labels: torch.Tensor
+    source: str
 
 
 def gaussian(samples: int, features: int, *, seed: int) -> torch.Tensor:
@@ -64,7 +82,7 @@ def digits(size: int = 16) -> Split:
     size = _check.integer("size", size, 8)
     bunch = load_digits()
     images = ndimage.zoom(bunch.images, (1, size / 8, size / 8), order=1)[:, None]
-    return _split(images, bunch.target.astype(np.int64), 1437)
+    return _split(images, bunch.target.astype(np.int64), 1437, "scikit-learn's digits")
 
 
 def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: int) -> Split:
@@ -94,7 +112,9 @@ def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: in
     size = _check.integer("size", size, 16)
     generator = np.random.default_rng(_check.integer("seed", seed, 0))
     drawn = [_micrograph(size, generator) for _ in range(images + held_out)]
-    return _split(np.stack([image for image, _ in drawn])[:, None], np.stack([mask for _, mask in drawn])[:, None], images)
+    return _split(
+        np.stack([image for image, _ in drawn])[:, None], np.stack([mask for _, mask in drawn])[:, None], images, "drawn"
+    )
 
 
 def _smooth_noise(size: int, scale: float, generator: np.random.Generator) -> np.ndarray:
@@ -115,8 +135,177 @@ def _micrograph(size: int, generator: np.random.Generator) -> tuple[np.ndarray, 
     return ndimage.gaussian_filter(light, 0.7) + 0.12 * generator.normal(size=(size, size)), mask
 
 
-def _split(images: np.ndarray, labels: np.ndarray, training: int) -> Split:
+def _split(images: np.ndarray, labels: np.ndarray, training: int, source: str) -> Split:
     mean, deviation = images[:training].mean(), images[:training].std()
     x = torch.from_numpy(((images - mean) / deviation).astype(np.float32))
     y = torch.from_numpy(labels)
-    return Split(x[:training], y[:training], x[training:], y[training:])
+    return Split(x[:training], y[:training], x[training:], y[training:], source)
+
+
+def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
+    """CIFAR-10 from its binary archive, or from the folder that the archive unpacks to. No pickle is read.
+
+    An archive must have the official SHA-256. An unpacked folder has no official one: ``source`` names the SHA-256 of
+    its six files in order, so that another copy shows as another.
+
+    Args:
+        folder: Folder that holds cifar-10-binary.tar.gz or cifar-10-batches-bin; ``None`` takes the
+            environment variable SVLIB_DATA. :func:`fetch_cifar10` fills one.
+
+    Returns:
+        Images (50,000 and 10,000, 3, 32, 32), labels 0 to 9; 0.8 GB.
+
+    Raises:
+        FileNotFoundError: If folder, archive or a file is missing; the message says where to get it.
+        ValueError: If the archive's checksum, a file's size or a label is wrong.
+    """
+    place = _folder(folder, f"{_CIFAR10_ARCHIVE} or {_CIFAR10_FOLDER}", CIFAR10_URL)
+    archive = place / _CIFAR10_ARCHIVE
+    if archive.is_file():
+        _verify(archive)
+        with tarfile.open(archive) as members:
+            parts = [_cifar10_file(name, _member(members, f"{_CIFAR10_FOLDER}/{name}")) for name in _CIFAR10_FILES]
+        source = f"{_CIFAR10_ARCHIVE}, SHA-256 {CIFAR10_SHA256}"
+    else:
+        unpacked = place if (place / _CIFAR10_FILES[0]).is_file() else place / _CIFAR10_FOLDER
+        if missing := [name for name in _CIFAR10_FILES if not (unpacked / name).is_file()]:
+            raise FileNotFoundError(
+                f"folder must hold {_CIFAR10_ARCHIVE} ({CIFAR10_URL}; fetch_cifar10 or --download gets it) "
+                f"or {_CIFAR10_FOLDER} with {', '.join(missing)}, got {place}"
+            )
+        parts = [_cifar10_file(name, (unpacked / name).read_bytes()) for name in _CIFAR10_FILES]
+        digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+        source = f"{_CIFAR10_FOLDER}, SHA-256 of its files {digest}"
+    records = np.concatenate(parts)
+    return _from_bytes(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64), 5 * _CIFAR10_RECORDS, source)
+
+
+def fetch_cifar10(folder: str | os.PathLike[str]) -> Path:
+    """Download CIFAR-10's binary archive (170 MB) into a folder, unless it is there whole; shows a progress bar.
+
+    A download that was cut off, or has another SHA-256 than the official one, leaves nothing behind.
+
+    Returns:
+        Path of the archive.
+
+    Raises:
+        ValueError: If what came has another SHA-256.
+        OSError: If the network or the disk fails.
+    """
+    path = pooch.retrieve(CIFAR10_URL, f"sha256:{CIFAR10_SHA256}", _CIFAR10_ARCHIVE, str(folder), progressbar=True)
+    return Path(path)
+
+
+def micrographs(folder: str | os.PathLike[str] | None = None, *, held_out: int = 5) -> Split:
+    """Electron micrographs with their membranes, as in the ISBI 2012 challenge, from a folder.
+
+    Either two folders, image and label, of 8-bit grey pictures with the same names; or two multi-page TIFFs,
+    train-volume.tif and train-labels.tif. Labels are black (0) on membranes and white (1 or 255) in cells.
+    The last sections are held out; numbered names are taken in the order of their numbers.
+
+    Args:
+        folder: Folder that holds them; ``None`` takes the environment variable SVLIB_DATA.
+        held_out: Number of sections held out.
+
+    Returns:
+        Images (sections, 1, height, width), masks of the same shape, float32, 1 on membranes.
+
+    Raises:
+        TypeError: If ``held_out`` is not an integer.
+        FileNotFoundError: If folder or files are missing.
+        ValueError: If a picture cannot be read, shapes differ, labels have other values, or no section is left.
+    """
+    held_out = _check.integer("held_out", held_out)
+    place = _folder(folder, "image and label, or train-volume.tif and train-labels.tif", _MICROGRAPHS)
+    if (place / "train-volume.tif").is_file():
+        images, labels = _pages(place / "train-volume.tif"), _pages(place / "train-labels.tif")
+    else:
+        names = sorted(
+            (path.name for path in (place / "image").glob("*.*")), key=lambda name: (len(Path(name).stem), name)
+        )  # 2 before 10
+        if not names:
+            raise FileNotFoundError(
+                f"folder must hold image and label with pictures of the same names, or train-volume.tif and "
+                f"train-labels.tif ({_MICROGRAPHS}), got {place}"
+            )
+        images, labels = ([page for name in names for page in _pages(place / kind / name)] for kind in ("image", "label"))
+    if len(shapes := {page.shape for page in images + labels}) > 1 or len(images) != len(labels):
+        raise ValueError(
+            f"images and labels must be as many and of one size, "
+            f"got {len(images)} and {len(labels)} of {sorted(shapes)} in {place}"
+        )
+    if len(images) <= held_out:
+        raise ValueError(f"held_out must be below the number of sections, {len(images)}, got {held_out}")
+    pixels, inside = np.stack(images)[:, None], np.stack(labels)[:, None]
+    if bad := sorted(set(np.unique(inside).tolist()) - {0, 1, 255}):
+        raise ValueError(f"labels must be 0 on membranes and 1 or 255 in cells, got {bad[:5]} in {place}")
+    digest = hashlib.sha256(pixels.tobytes() + inside.tobytes()).hexdigest()
+    source = f"{len(images)} micrographs, SHA-256 of images and labels {digest}"
+    return _from_bytes(pixels, (inside == 0).astype(np.float32), len(images) - held_out, source)
+
+
+def _folder(folder: str | os.PathLike[str] | None, wanted: str, address: str) -> Path:
+    given = os.environ.get(FOLDER_VARIABLE) if folder is None else folder
+    hint = f"a folder with {wanted} ({address})"
+    if not given:
+        raise FileNotFoundError(f"folder (--data, or the environment variable {FOLDER_VARIABLE}) must name {hint}, got none")
+    if not (path := Path(given)).is_dir():
+        raise FileNotFoundError(f"folder must be {hint}, got {path}, which is none")
+    return path
+
+
+def _verify(archive: Path) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != CIFAR10_SHA256:
+        raise ValueError(
+            f"{archive} must have SHA-256 {CIFAR10_SHA256}, got {found} ({archive.stat().st_size:,} bytes): "
+            f"it is damaged or truncated; delete it and get it again from {CIFAR10_URL}"
+        )
+
+
+def _member(members: tarfile.TarFile, name: str) -> bytes:
+    try:
+        file = members.extractfile(name)
+    except KeyError:
+        file = None
+    if file is None:
+        raise ValueError(f"{_CIFAR10_ARCHIVE} must hold {name}, got an archive without")
+    return file.read()
+
+
+def _cifar10_file(name: str, content: bytes) -> np.ndarray:
+    """The records (records, 3073) of one file, bytes."""
+    if len(content) != (size := _CIFAR10_RECORDS * 3073):
+        raise ValueError(f"{name} must have {size:,} bytes, got {len(content):,}: it is truncated or no file of CIFAR-10")
+    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    if len(bad := np.flatnonzero(records[:, 0] > 9)):
+        raise ValueError(f"{name} must have labels 0 to 9, got {records[bad[0], 0]} in record {bad[0]} ({len(bad)} such)")
+    return records
+
+
+def _pages(path: Path) -> list[np.ndarray]:
+    """The pages of a picture, (height, width) bytes each."""
+    try:
+        with Image.open(path) as picture:
+            pages = [np.asarray(page.convert("L") if page.mode == "1" else page) for page in ImageSequence.Iterator(picture)]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} must be there, got none: every image has a label of the same name") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} must be a picture, it cannot be read: {error}") from None
+    if bad := [page for page in pages if page.ndim != 2 or page.dtype != np.uint8]:
+        raise ValueError(f"{path} must be 8-bit grey, got {bad[0].dtype} of shape {bad[0].shape}")
+    return pages
+
+
+def _from_bytes(pixels: np.ndarray, labels: np.ndarray, training: int, source: str) -> Split:
+    """Standardize bytes as :func:`_split` does, without float64 copies of them all."""
+    counts = np.sum([np.bincount(image.ravel(), minlength=256) for image in pixels[:training]], 0) / pixels[:training].size
+    levels = np.arange(256)
+    mean = counts @ levels
+    deviation = np.sqrt(counts @ (levels - mean) ** 2)
+    if deviation == 0:
+        raise ValueError(f"images must differ in some pixel, got {source} with one grey")
+    x = torch.from_numpy(pixels).float().sub_(mean).div_(deviation)
+    y = torch.from_numpy(labels)
+    return Split(x[:training], y[:training], x[training:], y[training:], source)

@@ -19,6 +19,8 @@ from typing import Any
 import xarray as xr
 from tqdm import tqdm
 
+from svlib._record import write_whole
+
 Function = Callable[..., xr.Dataset]
 _POINT = "sweep_point"
 
@@ -29,6 +31,7 @@ def run(
     store: str | os.PathLike[str],
     executor: Executor | None = None,
     *,
+    common: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> list[xr.Dataset]:
     """Call ``function(**point)`` for every point that has no record in ``store`` yet.
@@ -42,6 +45,7 @@ def run(
         store: Folder of the records, made if missing.
         executor: ``None`` to run here, or any ``concurrent.futures.Executor``: a ``ProcessPoolExecutor``, or Dask's
             ``Client.get_executor()`` for a cluster.
+        common: Keyword arguments of every call that do not change its result and name no point: folders, the device.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
@@ -80,7 +84,7 @@ def run(
     missing = {text: point for text, point in zip(texts, wanted, strict=True) if text not in records}
     failures: dict[str, BaseException] = {}
     with tqdm(total=len(wanted), initial=len(records), disable=None if progress is None else not progress, unit="point") as bar:
-        for text, call in _calls(function, missing, executor):
+        for text, call in _calls(partial(function, **common or {}), missing, executor):
             try:
                 result = call()
                 if not isinstance(result, xr.Dataset):
@@ -142,20 +146,11 @@ def _key(content: str | bytes) -> str:
 
 
 def _write(folder: Path, text: str, record: xr.Dataset) -> None:
-    """Write a record under a temporary name, then rename it: there is never half a record."""
     # netCDF 3 has no integers beyond 32 bits
     attributes = {name: str(x) if isinstance(x, int) and abs(x) >= 2**31 else x for name, x in record.attrs.items()}
     content = bytes(record.assign_attrs(attributes | {_POINT: text}).to_netcdf(engine="scipy"))
     name = f"{_key(text)}-{_key(content)}"
-    temporary = folder / f"{name}.{os.getpid()}.unfinished"
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / f"{name}.nc")
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(folder / f"{name}.nc", content)
 
 
 def _load(folder: Path, text: str) -> xr.Dataset | None:

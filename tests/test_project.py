@@ -24,7 +24,7 @@ ROOMS = {  # module: what it may import of svlib, beside the private helpers
     "simulation": {"moments"},
     "angles": set(),
     "sweep": set(),
-    "__main__": {"simulation", "sweep"},
+    "__main__": {"data", "simulation", "sweep", "training"},
     "probing": {"moments"},
     "init": {"moments", "probing"},
     "networks": set(),

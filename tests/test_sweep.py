@@ -111,6 +111,15 @@ def test_what_is_no_record_is_redone(tmp_path: Path, undisturbed: dict[str, byte
     assert contents(store) == undisturbed
 
 
+def test_common_arguments_reach_every_call_and_name_no_point(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    log = tmp_path / "log"
+    sweep.run(walk, POINTS, tmp_path / "store", common={"log": str(log)})
+    assert len(log.read_text().split()) == len(POINTS)
+    assert contents(tmp_path / "store") == undisturbed
+    sweep.run(walk, POINTS, tmp_path / "store", common={"log": str(log), "wait": 100.0})  # finished: read, not run
+    assert len(log.read_text().split()) == len(POINTS)
+
+
 class Breaks(ThreadPoolExecutor):
     """An executor that takes three points."""
 
