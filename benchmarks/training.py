@@ -38,7 +38,7 @@ def bare_loop(experiment: Experiment) -> float:
         images = split.images[rows].contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
         loss = loss_of(model(images), split.labels[rows])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return (time.perf_counter() - started) / experiment.iterations
 
@@ -64,24 +64,22 @@ def cost(repetitions: int = 7) -> None:
         x = (sv.data.digits() if experiment.data == "digits" else sv.data.membranes(seed=0)).images[: experiment.calibration]
         x = x.contiguous(memory_format=torch.channels_last)
         for _ in range(repetitions):
-            model = initialized(batchnorm, 0)
             plain = initialized(experiment, 0)
             with torch.no_grad():
-                times["forward"].append(seconds(lambda m: m(x), plain))
-            times["total"].append(seconds(lambda m: sv.init.total_(m, x), plain))
-            times["sample"].append(seconds(lambda m: sv.init.sample_(m, x), plain))
+                times["forward"].append(seconds(plain, x))
+            times["total"].append(seconds(sv.init.total_, plain, x))
+            times["sample"].append(seconds(sv.init.sample_, plain, x))
             for kind, configuration in (("step", replace(experiment, iterations=10)), ("step with BatchNorm", batchnorm)):
                 times[kind].append(float(run(configuration, 0).attrs["seconds_per_iteration"]))
-            del model
         median = {kind: statistics.median(found) for kind, found in times.items()}
         relative = {"total": median["total"] / median["forward"], "sample": median["sample"] / median["forward"]}
         relative["BatchNorm's iteration"] = median["step with BatchNorm"] / median["step"]
         print(f"  {name:26}", ", ".join(f"{kind} {value:.2f}" for kind, value in relative.items()))
 
 
-def seconds(call: Callable[[nn.Module], object], model: nn.Module) -> float:
+def seconds(call: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
-    call(model)
+    call(*arguments)
     return time.perf_counter() - started
 
 

@@ -38,7 +38,7 @@ INITIALIZATIONS = ("total", "sample", "batchnorm")
 CROP = 128  # pixels a side: micrographs are trained on random crops, and held-out ones are cut into tiles
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {  # seconds a run: the whole way, nothing to conclude from
-        "digits": {"width": 24, "iterations": 40, "batch_size": 32},
+        "digits": {"width": 16, "iterations": 40, "batch_size": 32},
         "membranes": {"width": 8, "iterations": 40, "batch_size": 4, "calibration": 32},
         "cifar10": {"width": 8, "iterations": 40, "batch_size": 32},
         "micrographs": {"width": 4, "iterations": 20, "batch_size": 2, "calibration": 16},
