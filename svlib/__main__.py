@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 
 from svlib import data, simulation, sweep, training
+from svlib._record import write_whole
 
 _ENSEMBLE = [
     click.option("--depth", type=int, default=49, show_default=True, help="Weight matrices after layer 0."),
@@ -197,9 +198,10 @@ def _pool(workers: int) -> Any:
 
 
 def _write(record: xr.Dataset, output: Path) -> None:
-    temporary = output.with_name(output.name + ".unfinished")
-    record.to_netcdf(temporary, engine="scipy")
-    shutil.move(temporary, output)
+    try:
+        write_whole(output, bytes(record.to_netcdf(engine="scipy")))
+    except OSError as error:
+        raise click.ClickException(f"{error}; finished points are in the store, --resume writes them") from None
     click.echo(f"{output}: {dict(record.sizes)}, {record.attrs['wall_time']:.0f} s of computing")
 
 

@@ -153,3 +153,48 @@ def losses(records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes 
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.legend()
     return axes
+
+
+def learning_rates(losses: xr.DataArray, labels: dict[str, str], *, axes: Axes | None = None) -> Axes:
+    """Loss against learning rate: points are seeds, the line their mean. A diverged seed has no point, and its rate no line.
+
+    Args:
+        losses: (initialization, learning_rate, seed), in any order; NaN or infinite where a run diverged.
+        labels: Initialization to its name in the legend.
+        axes: Where to draw.
+    """
+    axes = _axes(axes)
+    for index, (kind, label) in enumerate(labels.items()):
+        mine = losses.sel(initialization=kind).transpose("learning_rate", "seed").where(np.isfinite)
+        style = look(index)
+        axes.plot(mine.learning_rate, mine.mean("seed", skipna=False), label=label, **style)
+        axes.plot(mine.learning_rate, mine, style["marker"], color=style["color"], alpha=0.4)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    axes.legend()
+    return axes
+
+
+def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
+    """Layers in the course of training: v^2/sigma^2 above, squared gradients below, a line for each moment probed.
+
+    Args:
+        runs: Title to the part of :func:`svlib.training.collect`'s dataset with one initialization and one learning rate; a
+            column each. Lines are means over seeds, bands one standard deviation.
+
+    Returns:
+        The axes, (2, columns).
+    """
+    _, grid = plt.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False, figsize=(6.4, 5))
+    for (above, below), (title, chosen) in zip(grid.T, runs.items(), strict=True):
+        drawn = {above: chosen.v2 / (chosen.m2 + chosen.v2), below: chosen.gradient2}
+        for axes, values in drawn.items():
+            for index, moment in enumerate(values.probed.values):
+                found = values.sel(probed=moment)
+                spread = found.std("seed", ddof=1)
+                band(found.layer, found.mean("seed"), spread, index=index, label=f"iteration {moment}", axes=axes)
+        above.set(title=title, ylim=(0, 1.1))
+        below.set(xlabel="layer", yscale="log")
+    grid[0, 0].set_ylabel(r"$v^2/\sigma^2$")
+    grid[1, 0].set_ylabel("squared gradient")
+    grid[1, -1].legend(fontsize="x-small")
+    return np.asarray(grid)

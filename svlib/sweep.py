@@ -96,7 +96,7 @@ def run(
     if failures:
         text, first = next(iter(failures.items()))
         count = f"{len(failures)} of {len(wanted)} points failed, the others are in {folder}"
-        raise RuntimeError(f"{count}; first {text}: {first!r}") from first
+        raise RuntimeError(f"{count}; first {text}: {type(first).__name__}: {first}") from first
     return [records[text] if text in records else _read(folder, text) for text in texts]
 
 

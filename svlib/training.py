@@ -345,7 +345,7 @@ def run(
         OSError: If a checkpoint cannot be written; the one before it stays.
 
     Warns:
-        UserWarning: If a checkpoint is damaged; it is set aside and the run starts again.
+        UserWarning: If a checkpoint is damaged; it is set aside and the run starts again. If the last one cannot be written.
 
     Examples:
         >>> record = run(Experiment("digits", "sample", width=4, iterations=2, batch_size=8), seed=0)
@@ -395,7 +395,10 @@ def run(
             _steps(experiment, model, optimizer, itertools.islice(batches, stop - state.iteration), state, bar)
     state.model, state.optimizer, state.wall_time = None, None, time.perf_counter() - started
     if path:
-        state.save(path)
+        try:
+            state.save(path)
+        except OSError as error:  # the caller gets the record all the same
+            warnings.warn(f"the run is over, its last checkpoint could not be written: {error}", stacklevel=2)
     return _record(experiment, seed, split, state, probed)
 
 

@@ -72,3 +72,31 @@ def test_book_style_is_the_same_every_time() -> None:
 def test_bad_index() -> None:
     with pytest.raises(ValueError, match="index must be at least 0, got -1"):
         sv.plot.look(-1)
+
+
+def test_learning_rates_show_every_seed_and_no_mean_of_survivors() -> None:
+    coordinates = {"initialization": ["a", "b"], "learning_rate": [0.1, 1.0], "seed": [0, 1]}
+    losses = xr.DataArray([[[1.0, 3.0], [5.0, np.inf]], [[2.0, 2.0], [4.0, 6.0]]], coordinates)
+    lines = sv.plot.learning_rates(losses, {"b": "second", "a": "first"}).lines  # mean, then a line of points per seed
+    drawn = [np.asarray(line.get_ydata()).tolist() for line in lines]
+    assert drawn[:3] == [[2, 5], [2, 4], [2, 6]]
+    np.testing.assert_array_equal(drawn[3:], [[2, np.nan], [1, 5], [3, np.nan]])
+    assert [text.get_text() for text in lines[0].axes.get_legend().get_texts()] == ["second", "first"]  # type: ignore[union-attr]
+
+
+def test_training_layers() -> None:
+    dims = ("probed", "layer", "seed")
+    m2 = np.random.default_rng(0).random((2, 3, 4))
+    gradient = np.random.default_rng(1).random((2, 3, 4))
+    run = xr.Dataset(
+        {"m2": (dims, m2), "v2": (dims, 3 - m2), "gradient2": (dims, gradient)}, {"probed": [0, 9], "layer": [1, 2, 3]}
+    )
+    grid = sv.plot.training_layers({"one": run, "two": run})
+    assert grid.shape == (2, 2)
+    assert grid[0, 1].get_title() == "two"
+    for axes, expected in zip(grid[:, 1], (1 - m2 / 3, gradient), strict=True):
+        for line, moment in zip(axes.lines, expected, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), moment.mean(1))
+        top = axes.collections[1].get_paths()[0].vertices[:, 1].max()
+        assert top == pytest.approx((expected[1].mean(1) + expected[1].std(1, ddof=1)).max())
+    assert [line.get_label() for line in grid[1, 0].lines] == ["iteration 0", "iteration 9"]

@@ -133,7 +133,7 @@ class Breaks(ThreadPoolExecutor):
 
 
 def test_executor_that_breaks_while_points_are_handed_over(tmp_path: Path) -> None:
-    with Breaks(1) as executor, pytest.raises(RuntimeError, match=r"9 of 12 points failed.*RuntimeError\('broken'\)"):
+    with Breaks(1) as executor, pytest.raises(RuntimeError, match=r"9 of 12 points failed.*RuntimeError: broken"):
         sweep.run(walk, POINTS, tmp_path, executor)
     assert len(contents(tmp_path)) == 3
 
@@ -163,9 +163,7 @@ def fails_at_three(seed: int, flag: str) -> xr.Dataset:
 
 def test_failed_point_leaves_the_others(tmp_path: Path) -> None:
     points = [{"seed": seed, "flag": str(tmp_path / "flag")} for seed in range(6)]
-    with pytest.raises(
-        RuntimeError, match=r"1 of 6 points failed, the others are in .*\"seed\": 3.*ArithmeticError\('three'\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"1 of 6 points failed, the others are in .*\"seed\": 3.*ArithmeticError: three"):
         sweep.run(fails_at_three, points, tmp_path / "store")
     assert len(contents(tmp_path / "store")) == 5
     (tmp_path / "flag").touch()

@@ -340,6 +340,10 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
         run(experiment, 2, checkpoints=tmp_path, every=0.0)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+    temporary.symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match="the run is over, its last checkpoint could not be written: .*No space left"):
+        record = run(experiment, 2, checkpoints=tmp_path)  # no checkpoint on the way
+    np.testing.assert_array_equal(record.loss, run(experiment, 2).loss)
 
 
 def test_a_finished_run_is_read_and_another_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,6 +434,11 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert failed.exit_code == 1
         assert message in failed.output
         assert "Traceback" not in failed.output
+    (tmp_path / f"digits-quick.nc.{os.getpid()}.unfinished").symlink_to("/dev/full")
+    full = command(*options, "--resume")
+    assert full.exit_code == 1
+    assert "No space left on device" in full.output
+    assert "--resume writes them" in full.output
     assert command(*options, "--resume").exit_code == 0
 
 
