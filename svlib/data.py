@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from scipy import ndimage
@@ -192,6 +191,8 @@ def fetch_cifar10(folder: str | os.PathLike[str]) -> Path:
         ValueError: If what came has another SHA-256.
         OSError: If the network or the disk fails.
     """
+    import pooch  # here, for in a notebook without widgets its import of tqdm.auto warns
+
     path = pooch.retrieve(CIFAR10_URL, f"sha256:{CIFAR10_SHA256}", _CIFAR10_ARCHIVE, str(folder), progressbar=True)
     return Path(path)
 
