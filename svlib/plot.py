@@ -175,7 +175,7 @@ def learning_rates(losses: xr.DataArray, labels: dict[str, str], *, axes: Axes |
 
 
 def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
-    """Layers in the course of training: v^2/sigma^2 above, squared gradients below, a line for each moment probed.
+    """Layers in the course of training: v^2/sigma^2 above, log10 of squared gradients below, a line for each moment probed.
 
     Args:
         runs: Title to the part of :func:`svlib.training.collect`'s dataset with one initialization and one learning rate; a
@@ -186,15 +186,15 @@ def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
     """
     _, grid = plt.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False, figsize=(6.4, 5))
     for (above, below), (title, chosen) in zip(grid.T, runs.items(), strict=True):
-        drawn = {above: chosen.v2 / (chosen.m2 + chosen.v2), below: chosen.gradient2}
+        drawn = {above: chosen.v2 / (chosen.m2 + chosen.v2), below: np.log10(chosen.gradient2)}
         for axes, values in drawn.items():
             for index, moment in enumerate(values.probed.values):
                 found = values.sel(probed=moment)
                 spread = found.std("seed", ddof=1)
                 band(found.layer, found.mean("seed"), spread, index=index, label=f"iteration {moment}", axes=axes)
         above.set(title=title, ylim=(0, 1.1))
-        below.set(xlabel="layer", yscale="log")
+        below.set(xlabel="layer")
     grid[0, 0].set_ylabel(r"$v^2/\sigma^2$")
-    grid[1, 0].set_ylabel("squared gradient")
-    grid[1, -1].legend(fontsize="x-small")
+    grid[1, 0].set_ylabel(r"$\log_{10}$ squared gradient")
+    grid[0, -1].legend(fontsize="x-small", loc="lower center")
     return np.asarray(grid)
