@@ -9,8 +9,12 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import xarray as xr
 import yaml
+
+from svlib import training
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book"))
@@ -169,3 +173,22 @@ def test_readme_example_runs() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "hidden" in done.stdout or "v2" in done.stdout
+
+
+@pytest.mark.parametrize(("data", "seeds"), [("cifar10", 3), ("micrographs", 6)])
+def test_stored_training_is_what_the_chapter_s_command_makes(data: str, seeds: int) -> None:
+    chapter = (ROOT / "book" / "05-training.ipynb").read_text(encoding="utf-8")
+    assert f"python -m svlib train {data} --scale laptop --seeds {seeds} " in chapter
+    record = xr.load_dataset(ROOT / "book" / "results" / f"training-{data}.nc")
+    points = training.grid(data, "laptop", seeds=seeds)
+    assert record.diverged.size == len(points)
+    for point in points:
+        experiment = training.Experiment(**point["experiment"])
+        run = record.sel(initialization=experiment.initialization, learning_rate=experiment.learning_rate, seed=point["seed"])
+        done = experiment.iterations if run.diverged < 0 else int(run.diverged)
+        assert np.isfinite(run.loss[:done]).all()
+        assert np.isnan(run.loss[done:]).all()
+        assert run.probed.values.tolist() == [0, *experiment.probed, experiment.iterations]
+        for name in ("data", "width", "iterations", "batch_size", "momentum", "calibration", "channels_last"):
+            assert record.attrs[name] == getattr(experiment, name)
+    assert sum(path.stat().st_size for path in (ROOT / "book" / "results").rglob("*.*")) < 5e6
