@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +341,7 @@ def run(
 
     Raises:
         TypeError: If ``experiment`` is not an Experiment or ``seed`` not an integer.
-        ValueError: If ``seed`` is negative, the device not there, or there are fewer images than a batch wants.
+        ValueError: If ``seed`` or ``every`` is negative, the device not there, or there are fewer images than a batch wants.
         FileNotFoundError: If the data are not in ``folder``.
         OSError: If a checkpoint cannot be written; the one before it stays.
 
@@ -353,6 +354,7 @@ def run(
         (2, -1)
     """
     started = time.perf_counter()
+    seed, every = _check.integer("seed", seed, 0), _check.real("every", every, 0)
     experiment, split, device = _prepare(experiment, folder, device)
     path, state = None, None
     if checkpoints is not None:
@@ -404,7 +406,7 @@ def run(
 
 def _identity(experiment: Experiment, seed: int, split: data.Split, device: torch.device) -> str:
     """A name for all that a run's numbers depend on."""
-    text = json.dumps([asdict(experiment), seed, split.source, str(torch.__version__), device.type])
+    text = json.dumps([asdict(experiment), seed, split.source, version("svlib"), str(torch.__version__), device.type])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -441,7 +443,7 @@ def _record(experiment: Experiment, seed: int, split: data.Split, state: _State,
     for values in series.values():
         values[done:] = np.nan
     first = state.measured[0]
-    kept = [state.measured[at] if at in state.measured and at <= done else {} for at in probed]
+    kept = [state.measured.get(at, {}) if state.diverged < 0 or at < done else {} for at in probed]
     per_layer = {name: [found.get(name, [np.nan] * len(first["name"])) for found in kept] for name in ("m2", "v2", "gradient2")}
     scalars = {name: [found.get(name, np.nan) for found in kept] for name in first if name.startswith("held_out")}
     attributes = asdict(experiment) | {

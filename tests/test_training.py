@@ -150,6 +150,7 @@ def test_output_that_is_not_finite_has_diverged(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(training, "_measure", lost)
     record = run(replace(SMALL, iterations=6, probed=(3,)), seed=0)
     assert record.attrs["diverged"] == 3
+    assert np.isnan(record.v2.sel(probed=[3, 6])).all()
     assert np.isfinite(record.loss[:3]).all()
     assert np.isnan(record.loss[3:]).all()
 
@@ -487,6 +488,8 @@ def test_bad_run() -> None:
         run(SMALL, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size must be at most the 1437 training images"):
         run(replace(SMALL, batch_size=2000), 0)
+    with pytest.raises(ValueError, match="every must be a finite number"):
+        run(SMALL, 0, every=-1.0)
     with pytest.raises(ValueError, match="mixed_precision must be False unless device is cuda"):
         run(replace(SMALL, mixed_precision=True), 0)
     with pytest.raises(ValueError, match="device must be one of"):
