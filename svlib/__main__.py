@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 import xarray as xr
 
 from svlib import data, simulation, sweep, training
@@ -134,14 +129,18 @@ def train(
             learning_rates=rates or None,
             mixed_precision=mixed_precision,
         )
-        training.initialized(points[0]["experiment"], 0, folder=folder, device=device)  # what is missing shows before the sweep
+        # what is missing shows before the sweep; runs on other data or another device are other points of the store
+        source = training.source(points[0]["experiment"], folder=folder, device=device)
     except (TypeError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     place = None if folder is None else str(folder)
-    common = {"folder": place, "device": device, "checkpoints": str(store / "checkpoints")}
+    points = [point | {"device": device, "source": source} for point in points]
+    common = {"folder": place, "checkpoints": str(store / "checkpoints")}
     records = _swept(training.run, points, output=output, store=store, common=common, **options)
-    _write(training.collect(records), output)
-    shutil.rmtree(store / "checkpoints", ignore_errors=True)  # every run has its record now
+    try:
+        _write(training.collect(records), output)
+    except ValueError as error:  # of two versions of the library, for example
+        raise click.ClickException(f"{error}; they are in {store}") from None
 
 
 def _run(
@@ -181,20 +180,12 @@ def _swept(
         if not resume and output.exists():
             raise ValueError(f"output must not exist without --resume, got {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _pool(workers) as executor:
+        with sweep.processes(workers) if workers > 1 else nullcontext() as executor:
             return sweep.run(function, points, store, executor, common=common)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; finished points are in {store}, --resume goes on with them") from None
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from None
-
-
-def _pool(workers: int) -> Any:
-    if workers == 1:
-        return nullcontext()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(threads,))
 
 
 def _write(record: xr.Dataset, output: Path) -> None:

@@ -12,6 +12,10 @@ import numpy as np
 import torch
 
 
+class NotFiniteError(ValueError):
+    """A number is NaN, infinite or too large to be squared."""
+
+
 def integer(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` as an ``int`` of at least ``minimum``."""
     try:
@@ -104,5 +108,5 @@ def floating(name: str, value: Any) -> torch.Tensor:
         raise TypeError(f"{name} must be an array or tensor of real numbers, got {kind}")
     finite = torch.isfinite(tensor)
     if not finite.all():
-        raise ValueError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries")
+        raise NotFiniteError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries")
     return tensor

@@ -289,14 +289,14 @@ def _pages(path: Path) -> list[np.ndarray]:
     """The pages of a picture, (height, width) bytes each."""
     try:
         with Image.open(path) as picture:
-            pages = [np.asarray(page.convert("L") if page.mode == "1" else page) for page in ImageSequence.Iterator(picture)]
+            read = [(page.mode, np.asarray(page.convert("L"))) for page in ImageSequence.Iterator(picture)]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} must be there, got none: every image has a label of the same name") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, KeyError) as error:  # Pillow's, where a TIFF is cut off
         raise ValueError(f"{path} must be a picture, it cannot be read: {error}") from None
-    if bad := [page for page in pages if page.ndim != 2 or page.dtype != np.uint8]:
-        raise ValueError(f"{path} must be 8-bit grey, got {bad[0].dtype} of shape {bad[0].shape}")
-    return pages
+    if bad := [mode for mode, _ in read if mode not in ("1", "L")]:
+        raise ValueError(f"{path} must be 8-bit grey or black and white, got mode {bad[0]!r}")
+    return [page for _, page in read]
 
 
 def _from_bytes(pixels: np.ndarray, labels: np.ndarray, training: int, source: str) -> Split:

@@ -143,7 +143,8 @@ class Moments:
         chunk._between = (position_means - mean).square_().sum(0)
         chunk._within = chunk._between if one_position else (y - mean[..., None]).square_().mean(-1).sum(0)
         if not torch.isfinite(chunk._within + mean.square()).all():
-            raise ValueError(f"y must have squares that float64 can hold, got entries up to {float(y.abs().max()):.3g}")
+            largest = float(y.abs().max())
+            raise _check.NotFiniteError(f"y must have squares that float64 can hold, got entries up to {largest:.3g}")
         return self.merge(chunk)
 
     def merge(self, other: Moments) -> Moments:

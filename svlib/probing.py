@@ -152,7 +152,7 @@ def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
         try:
             moments.setdefault(row, Moments(sample, unit, positions)).update(y)
         except ValueError as error:
-            raise ValueError(f"layer {row!r}: {error}") from None
+            raise type(error)(f"layer {row!r}: {error}") from None
         positive = (y > 0).movedim(unit, 0).flatten(1).any(1)
         alive[row] = alive[row] | positive if row in alive else positive
         kinds[row] = type(layer).__name__, tuple(y.shape[1:])

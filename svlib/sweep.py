@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import xarray as xr
 from tqdm import tqdm
 
+from svlib import _check
 from svlib._record import write_whole
 
 Function = Callable[..., xr.Dataset]
@@ -45,7 +50,7 @@ def run(
         store: Folder of the records, made if missing.
         executor: ``None`` to run here, or any ``concurrent.futures.Executor``: a ``ProcessPoolExecutor``, or Dask's
             ``Client.get_executor()`` for a cluster.
-        common: Keyword arguments of every call that do not change its result and name no point: folders, the device.
+        common: Keyword arguments of every call that do not change its result and name no point: folders, for example.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
@@ -98,6 +103,30 @@ def run(
         count = f"{len(failures)} of {len(wanted)} points failed, the others are in {folder}"
         raise RuntimeError(f"{count}; first {text}: {type(first).__name__}: {first}") from first
     return [records[text] if text in records else _read(folder, text) for text in texts]
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Processes that share out the cores and end with the process that made them, even if that is killed.
+
+    Examples:
+        >>> with processes(2) as executor:
+        ...     executor.submit(abs, -1).result()
+        1
+    """
+    threads = max(1, (os.cpu_count() or 1) // _check.integer("workers", workers))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(threads,))
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # or it would finish its work, whatever --resume does meanwhile, and then wait for ever
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _calls(
@@ -164,6 +193,8 @@ def _load(folder: Path, text: str) -> xr.Dataset | None:
             except (TypeError, ValueError, OSError):
                 record = xr.Dataset()
             if record.attrs.pop(_POINT, None) == text:
+                for name, x in record.attrs.items():
+                    record.attrs[name] = int(x) if isinstance(x, str) and re.fullmatch(r"-?\d{10,}", x) else x
                 return record
             reason = "not the record of this point"
         path.rename(path.with_suffix(".rejected"))

@@ -112,9 +112,9 @@ class Experiment:
         _check.choice("data", self.data, DATA)
         _check.choice("initialization", self.initialization, INITIALIZATIONS)
         for name, minimum in (("width", 1), ("iterations", 1), ("batch_size", 2), ("calibration", 2)):
-            _check.integer(name, getattr(self, name), minimum)
-        _check.real("learning_rate", self.learning_rate, 0, open_low=True)
-        _check.real("momentum", self.momentum, 0, 1)
+            object.__setattr__(self, name, _check.integer(name, getattr(self, name), minimum))
+        object.__setattr__(self, "learning_rate", _check.real("learning_rate", self.learning_rate, 0, open_low=True))
+        object.__setattr__(self, "momentum", _check.real("momentum", self.momentum, 0, 1))
         for name in ("channels_last", "mixed_precision"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -126,13 +126,21 @@ class Experiment:
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, folder: str | None, device: torch.device) -> data.Split:
+def _load(name: str, folder: str | None, device: torch.device, files: frozenset[tuple[str, int, int]]) -> data.Split:
+    """The data on the device. ``files`` tells a folder from what it was before."""
     if name in ("digits", "membranes"):
         split = data.digits() if name == "digits" else data.membranes(seed=0)
     else:
         split = data.cifar10(folder) if name == "cifar10" else _tiled(data.micrographs(folder))
     images, labels, held_out_images, held_out_labels = (part.to(device) for part in split[:4])
     return data.Split(images, labels, held_out_images, held_out_labels, split.source)
+
+
+def _files(folder: str | None) -> frozenset[tuple[str, int, int]]:
+    """Path, time and size of what lies in a folder and in its folders."""
+    place = None if folder is None else Path(folder).resolve()
+    paths = [] if place is None else [path for pattern in ("*", "*/*") for path in place.glob(pattern) if path.is_file()]
+    return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
 def _tiled(split: data.Split) -> data.Split:
@@ -157,7 +165,7 @@ def _prepare(
     if experiment.mixed_precision and device.type != "cuda":
         raise ValueError(f"mixed_precision must be False unless device is cuda, got device {device}")
     place = os.environ.get(data.FOLDER_VARIABLE) if folder is None else os.fspath(folder)
-    split = _load(experiment.data, place, device)
+    split = _load(experiment.data, place, device, _files(place))
     for name in ("batch_size", "calibration"):
         if experiment.data != "micrographs" and getattr(experiment, name) > len(split.images):
             raise ValueError(f"{name} must be at most the {len(split.images)} training images, got {getattr(experiment, name)}")
@@ -241,6 +249,21 @@ def _measure(model: nn.Module, split: data.Split, seed: int, memory_format: torc
     return {name: column.tolist() for name, column in by_layer.items()} | _held_out(model, split, memory_format)
 
 
+def source(
+    experiment: Experiment | Mapping[str, Any],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> str:
+    """Which copy of the data an experiment would train on. Raises what :func:`run` does for experiment, data and device.
+
+    Examples:
+        >>> source(Experiment("digits", "total", width=4, iterations=1))
+        "scikit-learn's digits"
+    """
+    return _prepare(experiment, folder, device)[1].source
+
+
 def initialized(
     experiment: Experiment | Mapping[str, Any],
     seed: int,
@@ -310,6 +333,7 @@ def run(
     *,
     folder: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
+    source: str | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     every: float = _CLOCK,
     progress: bool | None = None,
@@ -325,6 +349,7 @@ def run(
         seed: Seed of weights, calibration batch and order of the data; runs with one seed are paired.
         folder: Where CIFAR-10 or micrographs lie; ``None`` takes the environment variable SVLIB_DATA.
         device: Where to train.
+        source: The copy of the data that is meant, as :func:`source` gives it, so that a sweep does not mix two; ``None``: any.
         checkpoints: Folder of checkpoints, made if missing; each run has a file of its own. ``None`` keeps none.
         every: Seconds between checkpoints.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
@@ -336,12 +361,13 @@ def run(
         :func:`svlib.probe_gradients`); ``held_out_loss``, ``held_out_error`` (fraction of wrong images or pixels) and, for
         masks, ``held_out_iou`` (intersection over union of membranes) (probed). ``attrs`` hold configuration, seed,
         ``source`` of the data, versions, device, ``wall_time``, ``initialization_seconds``, ``seconds_per_iteration`` and
-        ``diverged``: the iteration whose loss was not finite or above 10,000, at which the run ended, or -1. All numbers
-        from there on are NaN.
+        ``diverged``: -1, or the iteration at which the run ended, because its loss was not finite or above 10,000 or, where
+        probed, a layer's output not finite. All numbers from there on are NaN. Of micrographs the first tiles are probed.
 
     Raises:
         TypeError: If ``experiment`` is not an Experiment or ``seed`` not an integer.
-        ValueError: If ``seed`` or ``every`` is negative, the device not there, or there are fewer images than a batch wants.
+        ValueError: If ``seed`` or ``every`` is negative, the device not there, the data another copy than ``source``, or
+            there are fewer images than a batch wants.
         FileNotFoundError: If the data are not in ``folder``.
         OSError: If a checkpoint cannot be written; the one before it stays.
 
@@ -356,6 +382,8 @@ def run(
     started = time.perf_counter()
     seed, every = _check.integer("seed", seed, 0), _check.real("every", every, 0)
     experiment, split, device = _prepare(experiment, folder, device)
+    if source not in (None, split.source):
+        raise ValueError(f"source must be that of the data in the folder, {split.source!r}, got {source!r}")
     path, state = None, None
     if checkpoints is not None:
         path = Path(checkpoints) / f"{_identity(experiment, seed, split, device)}.checkpoint"
@@ -382,7 +410,7 @@ def run(
             if state.iteration in probed and state.iteration not in state.measured:
                 try:
                     state.measured[state.iteration] = _measure(model, split, seed, _memory_format(experiment))
-                except ValueError:  # an output is not finite
+                except _check.NotFiniteError:
                     if state.iteration == 0:
                         raise
                     state.diverged = state.iteration
@@ -510,12 +538,13 @@ def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
     ``attrs``. Runs that are missing from the grid are NaN.
 
     Raises:
-        ValueError: If there are none, or they are of other data, of other copies of them, or of other configurations.
+        ValueError: If there are none, or they are of other data, of other copies of them, of other configurations or versions.
     """
     listed = list(records)
     if not listed:
         raise ValueError("records must hold at least one, got none")
-    for name in (*(f for f in Experiment.__dataclass_fields__ if f not in ("initialization", "learning_rate")), "source"):
+    settings = [f for f in Experiment.__dataclass_fields__ if f not in ("initialization", "learning_rate")]
+    for name in (*settings, "source", "svlib", "torch"):
         if len(found := {str(np.asarray(record.attrs[name]).tolist()) for record in listed}) > 1:
             raise ValueError(f"records must agree in {name}, got {sorted(found)}")
     varying = ("diverged", "initialization_seconds", "seconds_per_iteration", "wall_time")

@@ -234,7 +234,12 @@ def test_bad_micrographs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be as many and of one size, got 4 and 4 of \[\(8, 16\), \(16, 16\)\]"):
         data.micrographs(folder, held_out=1)
     Image.fromarray(np.stack([labels[2]] * 3, -1)).save(victim)
-    with pytest.raises(ValueError, match=r"2.png must be 8-bit grey, got uint8 of shape \(16, 16, 3\)"):
+    with pytest.raises(ValueError, match=r"2.png must be 8-bit grey or black and white, got mode 'RGB'"):
+        data.micrographs(folder, held_out=1)
+    inverted = Image.fromarray(1 - labels[2] // 255)  # a palette may give any grey to any number
+    inverted.putpalette([255, 255, 255, 0, 0, 0])
+    inverted.save(victim)
+    with pytest.raises(ValueError, match=r"2.png must be 8-bit grey or black and white, got mode 'P'"):
         data.micrographs(folder, held_out=1)
     Image.fromarray(labels[2]).save(victim)
     victim.write_bytes(victim.read_bytes()[:60])

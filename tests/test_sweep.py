@@ -139,8 +139,8 @@ def test_executor_that_breaks_while_points_are_handed_over(tmp_path: Path) -> No
 
 
 def test_large_seeds_are_kept(tmp_path: Path) -> None:
-    record = sweep.run(walk, [{"seed": 2**40}], tmp_path)[0]
-    assert record.attrs["seed"] == str(2**40)
+    assert sweep.run(walk, [{"seed": 2**40}], tmp_path)[0].attrs["seed"] == 2**40
+    assert sweep.run(walk, [{"seed": 2**40}], tmp_path)[0].attrs["seed"] == 2**40  # read
 
 
 def test_nameless_functions_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 import svlib as sv
 from svlib import training
 from svlib.__main__ import main
+from svlib._check import NotFiniteError
 from svlib._random import stream
 from svlib.training import Experiment, initialized, run
 
@@ -141,11 +143,12 @@ def test_output_that_is_not_finite_has_diverged(monkeypatch: pytest.MonkeyPatch)
 
     def lost(model: torch.nn.Module, *_: object) -> dict[str, Any]:
         if calls:
-            raise ValueError("layer '0': y must be finite")
+            raise error("layer '0': y must be finite")
         calls.append(1)
         return measure(model, *_)  # type: ignore[arg-type]
 
     calls: list[int] = []
+    error: type[ValueError] = NotFiniteError
     measure = training._measure
     monkeypatch.setattr(training, "_measure", lost)
     record = run(replace(SMALL, iterations=6, probed=(3,)), seed=0)
@@ -153,6 +156,9 @@ def test_output_that_is_not_finite_has_diverged(monkeypatch: pytest.MonkeyPatch)
     assert np.isnan(record.v2.sel(probed=[3, 6])).all()
     assert np.isfinite(record.loss[:3]).all()
     assert np.isnan(record.loss[3:]).all()
+    error = ValueError
+    with pytest.raises(ValueError, match="must be finite"):  # what else goes wrong is not taken for divergence
+        run(replace(SMALL, iterations=6, probed=(3,)), seed=0)
 
 
 SECTIONS = 8
@@ -207,8 +213,10 @@ def test_channels_last_is_the_same_network() -> None:
     experiment = replace(SMALL, initialization="batchnorm", iterations=3)
     plain, last = run(experiment, 0), run(replace(experiment, channels_last=True), 0)
     np.testing.assert_allclose(plain.loss, last.loss, rtol=1e-4)
-    weight = next(initialized(replace(experiment, channels_last=True), 0).parameters())
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+    for channels_last in (True, False):
+        weight = list(initialized(replace(experiment, channels_last=channels_last), 0).parameters())[4]
+        assert weight.shape[1] > 1  # with one channel both are one
+        assert weight.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
 LONGER = {
@@ -356,6 +364,35 @@ def test_a_finished_run_is_read_and_another_is_not_taken_for_it(tmp_path: Path, 
     run(SMALL, 1, checkpoints=tmp_path)
     run(replace(SMALL, learning_rate=0.02), 0, checkpoints=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+    for name, other in (("version", lambda _: "0"), ("_prepare", another_copy)):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, name, other)
+            run(SMALL, 0, checkpoints=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def another_copy(experiment: Any, folder: Any, device: Any, prepare: Any = training._prepare) -> Any:
+    experiment, split, device = prepare(experiment, folder, device)
+    return experiment, split._replace(source="another copy"), device
+
+
+def test_another_copy_of_the_data_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"source must be that of the data in the folder, .*scikit.*, got 'elsewhere'"):
+        run(SMALL, 0, source="elsewhere")
+
+
+def test_a_folder_that_changes_is_read_again(micrographs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(micrographs, folder)
+    before = training.source(CROPS, folder=folder)
+    picture = min(path for path in (folder / "image").iterdir())
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    assert training.source(CROPS, folder=folder) != before
+
+
+def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
+    experiment = replace(SMALL, width=np.int64(SMALL.width), learning_rate=np.float32(0.5), iterations=2)  # type: ignore[arg-type]
+    assert run(experiment, 0, checkpoints=tmp_path).attrs["learning_rate"] == 0.5
 
 
 def test_grid_gives_every_initialization_the_same_budget() -> None:
@@ -419,7 +456,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (record.diverged.sel(learning_rate=1e30) > 0).all()  # and the sweep went on
     expected = run(Experiment("digits", "sample", 4, 3, batch_size=16), 1).loss
     np.testing.assert_array_equal(record.loss.sel(learning_rate=0.01, seed=1).squeeze(), expected)
-    assert not list(tmp_path.glob("**/*.checkpoint"))
     for arguments, message in (
         (options, "store must be empty without --resume"),
         (["cifar10", "--store", "new"], "--data, or the environment variable SVLIB_DATA"),
@@ -441,6 +477,62 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No space left on device" in full.output
     assert "--resume writes them" in full.output
     assert command(*options, "--resume").exit_code == 0
+
+
+def test_a_store_never_mixes_two_copies_and_keeps_what_is_not_its_own(
+    micrographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        training.SCALES, "quick", {"micrographs": {"width": 2, "iterations": 2, "batch_size": 3, "calibration": 4}}
+    )
+    other, output = tmp_path / "other", tmp_path / "record.nc"
+    shutil.copytree(micrographs, other)
+    picture = other / "image" / "0.png"
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    strange = tmp_path / "record.nc.store" / "checkpoints" / "another.checkpoint"
+    strange.parent.mkdir(parents=True)
+    strange.write_text("of a run that is not finished")
+    options = ("micrographs", "--init", "sample", "--rate", "0.01", "--seeds", "1", "--output", str(output), "--resume")
+    sources = []
+    for folder in (micrographs, other, micrographs):
+        assert command(*options, "--data", str(folder)).exit_code == 0
+        sources.append(xr.load_dataset(output).attrs["source"])
+    assert sources[0] == sources[2] != sources[1]
+    assert strange.exists()
+
+
+def pool_of(folder: str) -> None:
+    with sv.sweep.processes(2) as pool:
+        for _ in pool.map(note_process, [folder] * 4):
+            pass
+        time.sleep(600)
+
+
+def note_process(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(0.5)  # or one worker does it all
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("spawn").Process(target=pool_of, args=(str(tmp_path),))
+    parent.start()
+    until = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.join()
+
+    def lives(process: int) -> bool:
+        try:
+            return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+
+    while any(map(lives, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(lives, workers))
 
 
 @pytest.mark.gpu
