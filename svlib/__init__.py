@@ -6,15 +6,19 @@ initialization keeps sigma^2, and v^2 decays with depth (Luther & Seung, arXiv:1
 
 from svlib import data, init, networks, plot, sweep, theory, training
 from svlib.angles import simulate_angles
+from svlib.explain import Explanation, explain
 from svlib.moments import Decomposition, Moments, decompose
-from svlib.probing import probe, probe_gradients
+from svlib.probing import Probe, probe, probe_gradients
 from svlib.simulation import sample_preactivations, simulate, summarize
 
 __all__ = [
     "Decomposition",
+    "Explanation",
     "Moments",
+    "Probe",
     "data",
     "decompose",
+    "explain",
     "init",
     "networks",
     "plot",

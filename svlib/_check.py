@@ -89,8 +89,8 @@ def precision(value: Any) -> torch.dtype:
     raise ValueError(f"dtype must be one of {list(accepted)}, got {value!r}")
 
 
-def floating(name: str, value: Any) -> torch.Tensor:
-    """Return an array or tensor of real numbers, all finite, as a detached tensor; arrays are copied."""
+def numbers(name: str, value: Any) -> torch.Tensor:
+    """Return an array or tensor of real numbers as a detached tensor; arrays are copied."""
     if isinstance(value, torch.Tensor):
         tensor = value.detach()
         real_numbers = tensor.dtype != torch.bool and not tensor.is_complex()
@@ -106,6 +106,12 @@ def floating(name: str, value: Any) -> torch.Tensor:
             tensor = torch.from_numpy(np.array(array, dtype=np.float32 if single else np.float64, order="C"))
     if not real_numbers:
         raise TypeError(f"{name} must be an array or tensor of real numbers, got {kind}")
+    return tensor
+
+
+def floating(name: str, value: Any) -> torch.Tensor:
+    """Return an array or tensor of real numbers, all finite, as a detached tensor; arrays are copied."""
+    tensor = numbers(name, value)
     finite = torch.isfinite(tensor)
     if not finite.all():
         raise NotFiniteError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries")

@@ -7,11 +7,21 @@ Krähenbühl et al. 2016). Luther & Seung, arXiv:1902.04942, compare the two.
 
 Sample init keeps v^2 at 1 and pays in gradients: squared, they grow backwards by :math:`\pi/(\pi-1)=1.467` per ReLU
 layer, as with BatchNorm.
+
+What is set: the linear and convolutional layers (transposed, grouped ones and ``transformers``' ``Conv1D`` too), each at
+its first call. What is left as it is, and said so in the column ``done``: a layer whose weight or bias is frozen
+(``requires_grad`` is False), or whose weight was set already, in an earlier call or as that of another layer, or also
+belongs to something else, an embedding for example. A layer without a bias has its deviation set; its sample mean stays.
+
+Normalization is neither touched nor folded in: the model runs in the mode it is in. In training mode a BatchNorm behind a
+layer takes away what is set; in evaluation mode, with running statistics not yet set, it passes everything on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,29 +29,51 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from svlib.calls import Call, tensors
+from svlib.explain import GRADIENTS, gradient_growth
 from svlib.moments import Decomposition, decompose
-from svlib.probing import Layer, as_batches, dimensions, observed, probe, weighted_layers
+from svlib.probing import (
+    Batch,
+    as_batches,
+    dimensions,
+    hooked,
+    is_transposed,
+    mapped,
+    probe,
+    probe_gradients,
+    row_name,
+    untouched,
+    weighted_layers,
+)
 
-Transform = Callable[[str, Layer, Decomposition], tuple[torch.Tensor, torch.Tensor]]
+_SET, _SET_WITHOUT_BIAS = "set", "deviation set; no bias, mean left"
+# Weights that their modules do not use through linear or convolutional layers of their own
+_BEYOND = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
+Parts = Callable[[Decomposition], tuple[torch.Tensor, torch.Tensor]]
 
 
-def total_(model: nn.Module, batches: Any) -> pd.DataFrame:
+def total_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
     """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
 
     Weights and bias are divided by one scalar per layer; the last layer is included. Batches are joined to
-    one calibration batch, and one pass sets all layers, each seeing those before it already set.
+    one calibration batch, and one pass sets all layers, each seeing those before it already set. See :mod:`svlib.init` for
+    what is set and what is left.
 
     Args:
-        model: Any module whose weighted layers are each called once.
+        model: Any module with weighted layers.
         batches: Calibration inputs, as :func:`svlib.probe` takes them.
+        gradients: Measure squared gradients as well, by a backward pass before and one after.
 
     Returns:
-        One row per layer: ``name``, ``type`` and m2, v2, ratio before and after.
+        One row per call of a layer: ``name``, ``type``, ``done``, and m2, v2, ratio (on request gradient2, relative to
+        the last row) before and after.
 
     Raises:
-        TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
-        ValueError: If a layer's output is 0, it is not called exactly once, shares its weight or computes it from
-            other parameters, or if there are fewer than two inputs. The model is then as it was.
+        TypeError: If ``model`` is not a module or ``batches`` is not as :func:`svlib.probe` takes it.
+        ValueError: If a layer's output is 0, it is not called though not frozen, or computes its weight from other
+            parameters; if a module holds weights that are beyond this (attention, recurrent and bilinear layers of torch)
+            and not frozen; or if there are fewer than two inputs. The model is then as it was.
 
     Examples:
         >>> import svlib as sv
@@ -51,30 +83,35 @@ def total_(model: nn.Module, batches: Any) -> pd.DataFrame:
         [1.0, 1.0, 1.0, 1.0]
     """
 
-    def transform(name: str, layer: Layer, found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(()), torch.as_tensor(found.sigma2).sqrt()
 
-    return _initialize(model, batches, transform)
+    return _initialize(model, batches, parts, gradients)[0]
 
 
-def sample_(model: nn.Module, batches: Any) -> pd.DataFrame:
+def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
     """Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
 
     Batches are joined to one calibration batch, and one pass sets all layers, each seeing those before it
-    already set. The last layer is included. Squared gradients then grow backwards by 1.467 per ReLU layer.
+    already set. The last layer is included. Squared gradients then grow backwards by 1.467 per ReLU layer. See
+    :mod:`svlib.init` for what is set and what is left.
 
     Args:
-        model: Any module whose weighted layers are each called once and have a bias.
+        model: Any module with weighted layers.
         batches: Calibration inputs, as :func:`svlib.probe` takes them.
+        gradients: Measure squared gradients as well, by a backward pass before and one after.
 
     Returns:
-        One row per layer: ``name``, ``type`` and m2, v2, ratio before and after.
+        One row per call of a layer: ``name``, ``type``, ``done``, and m2, v2, ratio (on request gradient2, relative to
+        the last row) before and after.
 
     Raises:
-        TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
-        ValueError: If a unit has no variance, a layer has no bias, is not called exactly once, shares its weight or
-            computes it from other parameters, is a grouped transposed convolution, or if there are fewer than two
-            inputs. The model is then as it was.
+        TypeError: If ``model`` is not a module or ``batches`` is not as :func:`svlib.probe` takes it.
+        ValueError: If a unit has no variance, or for the reasons of :func:`total_`. The model is then as it was.
+
+    Warns:
+        UserWarning: If the growth of squared gradients through the ReLU layers on the shortest way from input to output
+            exceeds ``svlib.explain.GRADIENTS``.
 
     Examples:
         >>> import svlib as sv
@@ -84,63 +121,130 @@ def sample_(model: nn.Module, batches: Any) -> pd.DataFrame:
         [1.0, 1.0, 1.0, 1.0]
     """
 
-    def transform(name: str, layer: Layer, found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer.bias is None:
-            raise ValueError(f"layer {name!r} must have a bias: sample_ sets its sample mean to 0 by it")
-        if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
-            raise ValueError(f"layer {name!r} must have groups=1 as a transposed convolution, got {layer.groups}")
+    def parts(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(found.mean), torch.from_numpy(found.variance).sqrt()
 
-    return _initialize(model, batches, transform)
+    table, calls = _initialize(model, batches, parts, gradients)
+    if (growth := gradient_growth(calls)) > GRADIENTS:
+        where = "squared gradients at its first layer to be some"
+        warnings.warn(
+            f"sample init lets {where} {growth:.0e} times those at its output (1.467 per ReLU layer, as with BatchNorm): "
+            "expect to need small learning rates, residual connections or total init",
+            stacklevel=2,
+        )
+    return table
 
 
-def _initialize(model: nn.Module, batches: Any, transform: Transform) -> pd.DataFrame:
-    """Replace every layer's y by (y - shift) / scale, with ``shift, scale = transform(name, layer, decomposition)``."""
+def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -> tuple[pd.DataFrame, list[Call]]:
+    """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``. The table and the calls."""
     layers = weighted_layers(model)
-    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
-    if computed := [name for name, weight in weights.items() if weight is None]:
-        raise ValueError(f"layer {computed[0]!r} must hold its weight as a parameter, it computes it from others")
-    if len({id(weight) for weight in weights.values()}) < len(layers):
-        raise ValueError("model must not share weights between layers: rescaling one would change the other")
+    left = _left(model, layers)
     with torch.random.fork_rng([]):  # a shuffled loader draws its order
-        calibration = list(as_batches(model, batches))
-    inputs = sum(map(len, calibration))
-    if inputs < 2:
-        raise ValueError(f"batches must hold at least 2 inputs, got {inputs}")
-    x = torch.cat(calibration)
-    before = probe(model, x)
+        batch = _joined(as_batches(model, batches))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    seen: set[str] = set()
+    before = _measured(model, batch, gradients)
+    calls: Counter[str] = Counter()
+    done: dict[str, str] = {}
+    set_as: dict[int, str] = {}
 
-    def on_output(name: str, layer: Layer, y: torch.Tensor) -> torch.Tensor:
-        if name in seen:
-            raise ValueError(f"layer {name!r} must be called once, got a second call")
-        seen.add(name)
-        sample, unit, positions = dimensions(name, layer, y, inputs)
-        shift, scale = (part.to(y) for part in transform(name, layer, decompose(y, sample, unit, positions)))
+    def on_output(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
+        calls[name] += 1
+        row = row_name(name, calls[name])
+        if name in left or id(weight) in set_as:
+            done[row] = left.get(name) or f"left, set as {set_as[id(weight)]!r}"
+            return y
+        sample, unit, positions = dimensions(name, layer, y, batch.inputs)
+        shift, scale = (part.to(y) for part in parts(decompose(y, sample, unit, positions)))
         if bad := int((~((scale > 0) & scale.isfinite())).sum()):
             raise ValueError(
                 f"layer {name!r} must have positive, finite scales to divide by, got {bad} of {scale.numel()} not so"
             )
-        weight_unit = 1 if isinstance(layer, _ConvTransposeNd) else 0
-        layer.weight /= _along(scale, weight_unit, layer.weight.ndim)
-        if layer.bias is not None:
-            layer.bias.copy_((layer.bias - shift) / scale)
+        done[row] = _SET if bias is not None or not shift.ndim else _SET_WITHOUT_BIAS
+        set_as[id(weight)] = name
+        _divide_(layer, scale)
+        if bias is None:
+            shift = torch.zeros_like(shift)
+        else:
+            bias.copy_((bias - shift) / scale)
         return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
 
     try:
-        with observed(model, on_output):
-            model(x)
-        if missed := layers.keys() - seen:
-            raise ValueError(f"layer {min(missed)!r} must be called in the model's forward pass, got no call")
-        after = probe(model, x)
+        with untouched(model), hooked(layers, on_output):
+            model(*batch.args, **batch.kwargs)
+        if missed := [name for name in layers if not calls[name] and name not in left]:
+            raise ValueError(f"layer {missed[0]!r} must be called in the model's forward pass or be frozen, got no call")
+        after = _measured(model, batch, gradients)
     except BaseException:
         with torch.no_grad():
             for parameter, value in parameters:
                 parameter.copy_(value)
         raise
-    columns = ["m2", "v2", "ratio"]
-    return before[["name", "type", *columns]].merge(after[["name", *columns]], on="name", suffixes=("_before", "_after"))
+    columns = ["m2", "v2", "ratio", *["gradient2"] * gradients]
+    table = before[["name", "type", *columns]].merge(after[["name", *columns]], on="name", suffixes=("_before", "_after"))
+    table.insert(2, "done", [done[name] for name in table.name])
+    return table, after.attrs["calls"]
+
+
+def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that are not to be set, and why; refuses what cannot be."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        free = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if isinstance(module, _BEYOND) and free:
+            kind = type(module).__name__
+            raise ValueError(f"module {name!r}, a {kind}, must be frozen (requires_grad False), for its weights cannot be set")
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    left = {}
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ValueError(f"layer {name!r} must hold its weight as a parameter, it computes it from others")
+        others = [owner for owner in owners[id(weight)] if owner not in layers]
+        if others:
+            left[name] = f"left, tied to {others[0]}"
+        elif not all(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+            left[name] = "left, frozen"
+    return left
+
+
+def _joined(batches: Any) -> Batch:
+    """Batches as one, which everything but tensors must be alike in."""
+    listed = list(batches)
+    if (inputs := sum(batch.inputs for batch in listed)) < 2:
+        raise ValueError(f"batches must hold at least 2 inputs, got {inputs}")
+    found = [list(tensors((batch.args, batch.kwargs))) for batch in listed]
+    names = [[name for name, _ in pairs] for pairs in found]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"batches must hold the same tensors, got {names[0]} and {next(x for x in names if x != names[0])}")
+    columns = zip(*([x for _, x in pairs] for pairs in found), strict=True)
+    joined = iter([torch.cat(column) for column in columns])
+    args, kwargs = mapped(lambda _: next(joined), (listed[0].args, listed[0].kwargs))
+    return Batch(args, kwargs, inputs)
+
+
+def _measured(model: nn.Module, batch: Batch, gradients: bool) -> pd.DataFrame:
+    given = batch.kwargs or batch.args
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* have no row")  # _initialize has a say about them
+        table = probe(model, [given])
+    if gradients:
+        table["gradient2"] = probe_gradients(model, given, seed=0).gradient2
+    return table
+
+
+def _divide_(layer: nn.Module, scale: torch.Tensor) -> None:
+    """Divide a layer's weights by one scale per unit, or by one for all."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if scale.ndim == 0 or is_transposed(layer):
+        weight /= scale
+    elif isinstance(layer, _ConvTransposeNd):  # (in, out / groups, kernel...): unit u belongs to group u // (out / groups)
+        by_group = weight.view(layer.groups, -1, *weight.shape[1:])
+        by_group /= scale.reshape(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
+    else:
+        weight /= _along(scale, 0, weight.ndim)
 
 
 def _along(values: torch.Tensor, dim: int, ndim: int) -> torch.Tensor:

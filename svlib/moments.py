@@ -19,6 +19,9 @@ from svlib import _check
 
 Array = NDArray[np.float64]
 
+# Entries in float64 at a time: what the processor's cache holds (ten times faster than whole tensors); on CUDA 128 MB
+_ENTRIES = {False: 2**18, True: 2**24}
+
 
 def _divide(numerator: Array, denominator: Array) -> Array:
     """Quotient with 0/0 defined as NaN and x/0 as infinity, without a warning."""
@@ -123,7 +126,7 @@ class Moments:
             ValueError: If ``y`` is empty, not finite, lacks a dimension, or differs in shape from
                 earlier chunks.
         """
-        y = _check.floating("y", y)
+        y = _check.numbers("y", y)
         dims = [dim + y.ndim if dim < 0 else dim for dim in self._dims]
         if not all(0 <= dim < y.ndim for dim in dims) or len(set(dims)) < len(dims):
             raise ValueError(
@@ -132,18 +135,25 @@ class Moments:
         if y.numel() == 0:
             raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
         kept = [dim for dim in range(y.ndim) if dim not in dims]
-        y = y.permute(dims[0], *kept, dims[1], *dims[2:]).to(torch.float64)
+        y = y.permute(dims[0], *kept, dims[1], *dims[2:])
         y = y.reshape(*y.shape[: len(kept) + 2], -1)  # (inputs, *kept, units, positions)
+        shift = y[0, ..., 0].to(torch.float64)  # of the size of the mean, so that digits survive below where the mean is large
 
-        one_position = y.shape[-1] == 1
-        position_means = y[..., 0] if one_position else y.mean(-1)
-        mean = position_means.mean(0)
+        position_means, squares = [], torch.zeros_like(shift)
+        rows = max(1, _ENTRIES[y.is_cuda] // y[0].numel())
+        buffer = torch.empty_like(y[:rows], dtype=torch.float64)
+        for part in y.split(rows):
+            z = buffer[: len(part)].copy_(part).sub_(shift[..., None])
+            position_means.append(z.mean(-1))
+            squares += z.square_().mean(-1).sum(0)
+        deviations = torch.cat(position_means)
+        offset = deviations.mean(0)
         chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
-        chunk._inputs, chunk._mean = len(y), mean
-        chunk._between = (position_means - mean).square_().sum(0)
-        chunk._within = chunk._between if one_position else (y - mean[..., None]).square_().mean(-1).sum(0)
-        if not torch.isfinite(chunk._within + mean.square()).all():
-            largest = float(y.abs().max())
+        chunk._inputs, chunk._mean = len(y), shift + offset
+        chunk._between = (deviations - offset).square_().sum(0)
+        chunk._within = chunk._between if y.shape[-1] == 1 else squares - len(y) * offset.square()
+        if not torch.isfinite(chunk._within + chunk._mean.square()).all():
+            largest = float(_check.floating("y", y).abs().max())  # NaN or infinity has its own message
             raise _check.NotFiniteError(f"y must have squares that float64 can hold, got entries up to {largest:.3g}")
         return self.merge(chunk)
 

@@ -78,22 +78,33 @@ def ratio(record: xr.Dataset, *, index: int = 0, label: str = "", axes: Axes | N
     return axes
 
 
-def decomposition(table: Any, *, axes: Axes | None = None) -> Axes:
+def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -> Axes:
     """m, v and sigma by layer.
 
     Args:
         table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the table of
             :func:`svlib.probe`, a record averaged over networks. A negative m2 is drawn as 0.
+        theory: Another such, drawn beneath as broad pale lines; those of an :class:`svlib.explain.Explanation` are broken
+            where theory starts anew from the measured values.
         axes: Where to draw.
     """
     axes = _axes(axes)
-    m2, v2 = (np.asarray(getattr(table, name), dtype=float) for name in ("m2", "v2"))
-    series = {"$m$, mean": np.maximum(m2, 0), "$v$, deviation": v2, r"$\sigma$, total": m2 + v2}
-    for index, (label, square) in enumerate(series.items()):
+    if theory is not None:
+        starts = np.asarray(getattr(theory, "start", [""] * len(theory.m2))) != ""
+        for index, square in enumerate(_decomposed(theory).values()):
+            for part in np.split(np.arange(len(square)), np.flatnonzero(starts)):
+                line = axes.plot(part, np.sqrt(square[part]), color=COLORS[index], linewidth=7, alpha=0.3)
+        line[0].set_label("theory")
+    for index, (label, square) in enumerate(_decomposed(table).items()):
         axes.plot(np.sqrt(square), label=label, markevery=max(1, len(square) // 10), **look(index))
     axes.set(xlabel="layer", ylabel="preactivation", ylim=(0, None))
     axes.legend()
     return axes
+
+
+def _decomposed(table: Any) -> dict[str, np.ndarray]:
+    m2, v2 = (np.asarray(getattr(table, name), dtype=float) for name in ("m2", "v2"))
+    return {"$m$, mean": np.maximum(m2, 0), "$v$, deviation": v2, r"$\sigma$, total": m2 + v2}
 
 
 def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndarray:

@@ -1,28 +1,61 @@
-"""Measure m^2 and v^2 in any torch model, layer by layer in execution order, and leave no trace.
+r"""Measure m^2 and v^2 in any torch model, layer by layer in execution order, and leave no trace.
 
-Which axes mean what: a convolution's output (inputs, channels, positions...) has its channels as units; a
-linear layer's output (inputs, positions..., features) its features. Positions of one input are not
-independent samples; :class:`svlib.Moments` says how m^2 stays unbiased.
+Which axes mean what. The inputs of a batch lie along the first dimension. Units are the channels of convolutions,
+pooling, batch and group normalization (dimension 1), and the features of linear layers (the last dimension). Other outputs
+take after the last output of the same shape; without one, those of more than three dimensions have their units along
+dimension 1, others along the last. What is left are positions: pixels, tokens. With :math:`y_{aup}` the output for
+input a, unit u, position p,
+
+- ``positions="samples"`` counts positions as samples, though not as independent ones: :math:`m^2` is the mean over u
+  and over pairs of different inputs of :math:`\bar y_{au}\bar y_{bu}`, where :math:`\bar y_{au}` is the mean over p,
+  and :math:`v^2=\overline{y^2}-m^2`;
+- ``positions="units"`` keeps them apart: every pair (u, p) is a unit, and :math:`m^2` is the mean of
+  :math:`y_{aup}y_{bup}`. A pattern over positions that all inputs share then counts as mean, not as variance.
+
+Without positions the two agree.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from svlib import _check
 from svlib._random import stream
-from svlib.moments import Decomposition, Moments
+from svlib.calls import Call, Recorder, tensors
+from svlib.moments import Moments
 
 Layer = nn.Linear | _ConvNd
-OnOutput = Callable[[str, Layer, torch.Tensor], torch.Tensor | None]
+Layers = str | Sequence[str | type[nn.Module]] | None
+OnOutput = Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]
+
+POSITIONS = ("samples", "units")
+
+
+class Batch(NamedTuple):
+    """What a model is called with, on its device, and the number of inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: int
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is linear with a weight (in, out), as ``transformers``' ``Conv1D`` (which is no convolution)."""
+    return type(layer).__name__ == "Conv1D" and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
 
 
 def weighted_layers(model: nn.Module) -> dict[str, Layer]:
@@ -34,77 +67,114 @@ def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer)}
+    modules = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())  # what was compiled
+    layers = {name: layer for name, layer in modules if isinstance(layer, Layer) or is_transposed(layer)}
     if not layers:
         raise ValueError(f"model must have a linear or convolutional layer, got {type(model).__name__} with none")
-    return layers
+    return cast(dict[str, Layer], layers)
 
 
-def dimensions(name: str, layer: Layer, y: torch.Tensor, inputs: int) -> tuple[int, int, tuple[int, ...]]:
-    """(sample, unit, position) dimensions of a layer's output, as :func:`svlib.decompose` takes them.
+def dimensions(
+    name: str, layer: nn.Module | None, y: torch.Tensor, inputs: int, unit: int | None = None
+) -> tuple[int, int, tuple[int, ...]]:
+    """(sample, unit, position) dimensions of an output, as :func:`svlib.decompose` takes them.
+
+    ``unit`` is that of an earlier output of this shape: what neither sets its own axes nor changes the shape keeps them.
 
     Raises:
         ValueError: If the output does not have the ``inputs`` of the batch along its first dimension, or if a
             convolution's output has none.
     """
-    convolution = isinstance(layer, _ConvNd)
     shape = tuple(y.shape)
-    if convolution and y.ndim != layer.weight.ndim:
+    if isinstance(layer, _ConvNd) and y.ndim != layer.weight.ndim:
         raise ValueError(f"layer {name!r} must see a batch (inputs, channels, positions...), its output has shape {shape}")
-    if len(y) != inputs:
-        raise ValueError(f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}")
-    unit = 1 if convolution else y.ndim - 1
+    if y.ndim < 1 or len(y) != inputs:
+        apart = f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}"
+        raise ValueError(f"{apart}; probe(..., layers=[...]) can leave it out")
+    pooled = "pool" in (name if layer is None else type(layer).__name__).lower()
+    if pooled or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
+        unit = min(1, y.ndim - 1)
+    elif isinstance(layer, nn.Linear | nn.LayerNorm) or unit is None:
+        unit = 1 if y.ndim > 3 and not isinstance(layer, nn.Linear | nn.LayerNorm) else y.ndim - 1
     return 0, unit, tuple(dim for dim in range(1, y.ndim) if dim != unit)
 
 
-def as_batches(model: nn.Module, batches: Any) -> Iterator[torch.Tensor]:
-    """The input tensors, on the model's device, of a tensor or an iterable of tensors or of tuples that start with one.
+def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
+    """What to call the model with, batch by batch. See :func:`probe` for what is accepted.
 
     Raises:
-        TypeError: If ``batches`` is something else, or of another floating type than the model's first layer.
-        ValueError: If a batch has no dimension or is not finite.
+        TypeError: If ``batches`` is something else, or of another floating type than the model's first parameter.
+        ValueError: If a batch has no dimension, tensors of different lengths, or is not finite.
     """
-    weight = next(iter(weighted_layers(model).values())).weight
-    if isinstance(batches, torch.Tensor):
+    device, dtype = _place(model)
+    if isinstance(batches, torch.Tensor | dict):
         batches = (batches,)
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | dict):
-        raise TypeError(f"batches must be a tensor or an iterable of tensors or tuples, got {type(batches).__name__}")
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise TypeError(f"batches must be a tensor or an iterable of tensors, tuples or dicts, got {type(batches).__name__}")
     for batch in batches:
-        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"batches must hold tensors, or tuples that start with one, got {type(batch).__name__}")
-        if x.ndim == 0:
-            raise ValueError("batches must have the inputs along their first dimension, got a tensor without dimensions")
-        if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-            raise TypeError(f"batches must be of the model's {weight.dtype}, got {x.dtype}")
-        yield _check.floating("batches", x).to(weight.device)
+        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        listed = [] if isinstance(batch, Mapping) else list(batch) if isinstance(batch, tuple | list) else [batch]
+        args = tuple(listed[: _positional(model)])
+        found = [x for _, x in tensors((args, kwargs))]
+        if not found or (args and not isinstance(args[0], torch.Tensor)):
+            message = "batches must hold tensors, tuples that start with one, or dicts of them"
+            raise TypeError(f"{message}, got {type(batch).__name__}")
+        for x in found:
+            if x.ndim == 0:
+                raise ValueError("batches must have the inputs along their first dimension, got a tensor without dimensions")
+            if x.is_floating_point():
+                if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(device.type):
+                    raise TypeError(f"batches must be of the model's {dtype}, got {x.dtype}")
+                _check.floating("batches", x)
+        args, kwargs = mapped(lambda x: x.to(device), (args, kwargs))
+        yield Batch(args, kwargs, len(found[0]))
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Device of a model and floating type of its weights, ``None`` if it has none."""
+    held = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+    return (held[0].device, held[0].dtype) if held else (torch.device("cpu"), None)
+
+
+def _positional(model: nn.Module) -> int:
+    """How many arguments ``forward`` requires by position, at least 1: so many of a tuple are inputs, the rest are labels."""
+    forward = getattr(model, "_orig_mod", model).forward
+    required = [
+        p
+        for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    return max(1, len(required))
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Nested lists, tuples and dictionaries with a function applied to their tensors."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(mapped(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: mapped(function, item) for key, item in value.items()}
+    return value
 
 
 @contextmanager
-def observed(model: nn.Module, on_output: OnOutput) -> Iterator[None]:
-    """Call ``on_output(name, layer, output)`` after every weighted layer; a tensor returned replaces the output.
-
-    On leaving, also after an error, hooks are gone and buffers (BatchNorm's running statistics) and the
-    generators of random numbers (dropout's, the data loader's) are as before.
-    """
-    layers = weighted_layers(model)
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients and uncompiled; afterwards, also after an error, its buffers (BatchNorm's running
+    statistics) and the generators of random numbers (dropout's, a data loader's) are as before."""
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    hooks = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: on_output(name, layer, output))
-        for name, layer in layers.items()
-    ]
-    device = next(iter(layers.values())).weight.device
+    device, _ = _place(model)
+    # hooks inside a compiled model do not run
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), eager:
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, name, buffer, before in buffers:
             module._buffers[name] = buffer  # a forward pass may have put another tensor in its place
             if not torch.equal(buffer, before):
@@ -112,26 +182,225 @@ def observed(model: nn.Module, on_output: OnOutput) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
-    """Measure the decomposition of the output of every weighted layer, in execution order.
+@contextmanager
+def hooked(layers: Mapping[str, nn.Module], on_output: OnOutput) -> Iterator[None]:
+    """Call ``on_output(name, layer, output)`` after every call of these layers; a tensor returned replaces the output."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def after(layer: nn.Module, given: Any, output: Any, name: str = name) -> Any:
+                return on_output(name, layer, output)
+
+            stack.callback(layer.register_forward_hook(after).remove)
+        yield
+
+
+class _Row:
+    """What accumulates for one row of the table."""
+
+    def __init__(self, kind: str, y: torch.Tensor, dims: tuple[int, int, tuple[int, ...]], positions: str) -> None:
+        self.kind, self.shape, self._flat = kind, tuple(y.shape[1:]), positions == "units"
+        _, unit, places = (0, 1, ()) if self._flat else dims
+        self.moments = Moments(0, unit, places)
+        self._unit, self._but_units = unit, [0, *places]
+        self._dead: torch.Tensor | None = None  # numbers of the units never positive so far
+
+    def update(self, y: torch.Tensor) -> None:
+        y = y.detach().flatten(1) if self._flat else y.detach()
+        self.moments.update(y)
+        for part in (y[:1], y[1:]):  # most units are alive on the first input, and need no further look
+            if self._dead is None:
+                self._dead = torch.arange(y.shape[self._unit], device=y.device)
+            if len(self._dead) and len(part):
+                looked = part if len(self._dead) == y.shape[self._unit] else part.index_select(self._unit, self._dead)
+                self._dead = self._dead[looked.amax(self._but_units) <= 0]
+
+    def values(self) -> dict[str, Any]:
+        found = self.moments.result()
+        assert self._dead is not None
+        m2, v2, sigma2 = float(found.m2), float(found.v2), float(found.sigma2)
+        return {
+            "type": self.kind, "shape": self.shape, "m2": m2, "v2": v2, "sigma2": sigma2,
+            "v2_fraction": v2 / sigma2 if sigma2 else float("nan"), "ratio": float(found.ratio),
+            "dead": len(self._dead) / found.mean.size, "inputs": found.inputs,
+        }  # fmt: skip
+
+
+class _Table:
+    """Rows in execution order, gathered over batches, and the calls of the first batch."""
+
+    def __init__(self, model: nn.Module, layers: Layers, positions: str) -> None:
+        _check.choice("positions", positions, POSITIONS)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._model, self._positions = model, positions
+        self._chosen = _selection(layers)
+        self._modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+        self._hooked: Mapping[str, nn.Module] = weighted_layers(model) if layers is None else self._modules
+        self._rows: dict[str, _Row] = {}
+        self._calls: list[Call] = []
+        self._counts: Counter[str] = Counter()
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._last: torch.Tensor | None = None
+        self._recorder: Recorder | None = None
+        self._inputs = 0
+        self._units: dict[tuple[int, ...], int] = {}  # dimension of units by shape, of the last output
+
+    def _record(self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor) -> None:
+        self._counts[name] += 1
+        row = row_name(name, self._counts[name])
+        dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
+        self._units[y.shape] = dims[1]
+        with self._aside(y, row):
+            try:
+                self._rows.setdefault(row, _Row(kind, y, dims, self._positions)).update(y)
+            except ValueError as error:
+                raise type(error)(f"layer {row!r}: {error}") from None
+        if self._hooked is self._modules:
+            self._last = y
+
+    @contextmanager
+    def _aside(self, y: torch.Tensor, row: str) -> Iterator[None]:
+        """Do what is not the model's doing, and is not to be recorded."""
+        if self._recorder is None:
+            yield
+            return
+        self._recorder.name_row(y, row)
+        with torch._C.DisableTorchFunction():
+            yield
+
+    def _after_layer(self, name: str, layer: nn.Module, output: Any) -> None:
+        self._record(name, layer, type(layer).__name__, output)
+
+    def _before_module(self, name: str, module: nn.Module, given: Any) -> None:
+        self._stack.append((name, module))
+
+    def _after_module(self, name: str, module: nn.Module, output: Any) -> None:
+        if module is not self._model:
+            self._stack.pop()
+        for where, y in tensors(output):
+            seen = not _from_torch(module) and self._last is not None and _same_entries(y, self._last)
+            if self._chosen(name, module) and self._has_row(y) and not seen:
+                self._record(name + where, module, type(module).__name__, y)
+
+    def _after_call(self, function: str, y: torch.Tensor) -> None:
+        name, module = self._stack[-1]
+        if not _from_torch(module):  # a module of torch's own has its row as a whole
+            row = f"{name}/{function}".lstrip("/")
+            if self._chosen(row, None) and self._has_row(y):
+                self._record(row, None, function, y)
+
+    def _has_row(self, y: torch.Tensor) -> bool:
+        return y.is_floating_point() and y.ndim > 1 and y.numel() > 0 and len(y) == self._inputs
+
+    def _measure(self, y: torch.Tensor) -> dict[str, float] | None:
+        if not self._has_row(y) or self._inputs < 2:
+            return None
+        row = _Row("", y, dimensions("", None, y, self._inputs), self._positions)
+        row.update(y)
+        found = row.moments.result()
+        return {"m2": float(found.m2), "sigma2": float(found.sigma2), "mean2": float(found.mean.mean()) ** 2}
+
+    @contextmanager
+    def watching(self, given: Any, inputs: int) -> Iterator[None]:
+        """Record what a forward pass within, given this, puts out."""
+        self._inputs = inputs
+        self._counts.clear()
+        self._stack = [("", self._model)]
+        everything = self._hooked is self._modules
+        try:
+            with ExitStack() as stack:
+                if everything:
+                    for name, module in self._modules.items():
+                        if module is not self._model:
+                            before = module.register_forward_pre_hook(partial(self._before_module, name))
+                            stack.callback(before.remove)
+                stack.enter_context(hooked(self._hooked, self._after_module if everything else self._after_layer))
+                if everything or not self._calls:
+                    on_call = self._after_call if everything else None
+                    self._recorder = stack.enter_context(Recorder(given, self._measure, on_call))
+                yield
+            if self._recorder is not None and not self._calls:
+                self._calls = self._recorder.calls
+        finally:
+            self._recorder = self._last = None
+
+    def frame(self) -> pd.DataFrame:
+        """The table.
+
+        Raises:
+            ValueError: If no inputs were seen, or nothing that was asked for was called.
+        """
+        if not self._inputs:
+            raise ValueError("batches must hold at least 2 inputs, got none")
+        if not self._rows:
+            asked = "a weighted layer" if self._hooked is not self._modules else "what layers names"
+            raise ValueError(f"model must call {asked}, got none called")
+        if self._hooked is not self._modules and (missed := [name for name in self._hooked if name not in self._rows]):
+            message = f"{len(missed)} of {len(self._hooked)} weighted layers have no row, for they were not called as modules"
+            warnings.warn(f"{message}: {', '.join(missed[:5])}{', ...' if missed[5:] else ''}", stacklevel=3)
+        table = pd.DataFrame([{"name": name, **row.values()} for name, row in self._rows.items()])
+        table["v2_to_previous"] = table.v2 / table.v2.shift()
+        table.attrs = {"calls": self._calls, "positions": self._positions}
+        return table
+
+
+def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
+    """Whether a row is asked for, by its name and its module."""
+    if layers is None or (isinstance(layers, str) and layers == "all"):
+        return lambda name, module: True
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be None, 'all' or a list of names and module types, got {layers!r}")
+    listed = list(layers)
+    wrong = [x for x in listed if not isinstance(x, str) and not (isinstance(x, type) and issubclass(x, nn.Module))]
+    if wrong or not listed:
+        raise TypeError(f"layers must hold names (with * as a wildcard) or module types, got {wrong or listed}")
+    patterns = [x for x in listed if isinstance(x, str)]
+    types = tuple(x for x in listed if isinstance(x, type))
+    return lambda name, module: isinstance(module, types) or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _from_torch(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own that computes; containers only pass on."""
+    own = type(module).__module__.startswith("torch.nn.")
+    return own and not isinstance(module, nn.Sequential | nn.Identity)
+
+
+def _same_entries(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
+
+
+def probe(model: nn.Module, batches: Any, *, layers: Layers = None, positions: str = "samples") -> pd.DataFrame:
+    """Measure the decomposition of a model's outputs, in execution order.
 
     The model runs in the mode it is in (BatchNorm in training mode normalizes by the batch), without
-    gradients, one pass over the batches, in memory that does not grow with their number.
+    gradients, one pass over the batches, in memory that does not grow with their number. A compiled model is run uncompiled.
 
     Args:
-        model: Any module with linear or convolutional layers.
-        batches: A tensor of inputs, or an iterable of tensors or of tuples whose first item is the input
-            (a ``DataLoader``). Each is moved to the model's device.
+        model: Any module.
+        batches: A tensor of inputs or a dictionary of arguments by name, or an iterable of tensors, dictionaries and tuples (a
+            ``DataLoader``). Of a tuple, as many items are taken as ``forward`` requires by position, at least the first: the
+            rest are labels. Each is moved to the model's device; inputs lie along the first dimension.
+        layers: ``None``: the outputs of linear and convolutional layers (``transformers``' ``Conv1D`` too). "all": those of
+            every module and of every torch function called in modules not of torch's own (``torch.relu``, ``+``), as far
+            as they keep the inputs apart; views have no row. A list selects of these by name, "*" being a wildcard, or
+            by module type.
+        positions: "samples" or "units": what positions count as, see :mod:`svlib.probing`.
 
     Returns:
-        One row per call of a weighted layer: ``name`` (a second call of a layer has " (2)" behind it), ``type``,
+        One row per call: ``name`` (a second call has " (2)" behind it; the function called, behind a slash), ``type``,
         ``shape`` of one input's output, ``m2``, ``v2``, ``sigma2``, ``v2_fraction`` = v^2/sigma^2, ``ratio`` = m/v,
-        ``dead`` (fraction of units never positive on the data: a ReLU after them passes nothing) and ``inputs``.
+        ``dead`` (fraction of units never positive on the data: a ReLU after them passes nothing), ``inputs`` and
+        ``v2_to_previous`` = v^2 over that of the row before. In ``attrs["calls"]``, what :func:`svlib.explain` reads.
 
     Raises:
-        TypeError: If ``model`` is not a module or ``batches`` holds no tensors.
-        ValueError: If there are fewer than two inputs, no weighted layer is called, or a layer's output is not finite or
-            does not keep the inputs apart along its first dimension (the layer is named).
+        TypeError: If ``model`` is not a module, ``batches`` holds no tensors or of another floating type, or ``layers`` is
+            not as above.
+        ValueError: If there are fewer than two inputs, nothing that is asked for is called, an output is not finite or a
+            weighted layer does not keep the inputs apart along its first dimension (the layer is named).
+
+    Warns:
+        UserWarning: If a weighted layer is not called as a module, so that it has no row.
 
     Examples:
         >>> import torch
@@ -140,66 +409,104 @@ def probe(model: nn.Module, batches: Any) -> pd.DataFrame:
         >>> table = probe(model, torch.randn(100, 20, generator=generator))
         >>> list(table.name), list(table.inputs)
         (['0', '2'], [100, 100])
+        >>> list(probe(model, torch.randn(100, 20, generator=generator), layers="all").type)
+        ['Linear', 'ReLU', 'Linear']
     """
-    moments: dict[str, Moments] = {}
-    alive: dict[str, torch.Tensor] = {}
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-    calls: Counter[str] = Counter()
-
-    def record(name: str, layer: Layer, y: torch.Tensor) -> None:
-        row = _row_name(name, calls)
-        sample, unit, positions = dimensions(row, layer, y, inputs)
-        try:
-            moments.setdefault(row, Moments(sample, unit, positions)).update(y)
-        except ValueError as error:
-            raise type(error)(f"layer {row!r}: {error}") from None
-        positive = (y > 0).movedim(unit, 0).flatten(1).any(1)
-        alive[row] = alive[row] | positive if row in alive else positive
-        kinds[row] = type(layer).__name__, tuple(y.shape[1:])
-
-    inputs = 0
-    with observed(model, record):
-        for x in as_batches(model, batches):
-            calls.clear()
-            inputs = len(x)
-            model(x)
-    if not moments:
-        missing = "batches must hold at least 2 inputs, got none"
-        raise ValueError("model must call a weighted layer, got none called" if inputs else missing)
-    return pd.DataFrame([_row(row, *kinds[row], found.result(), alive[row]) for row, found in moments.items()])
+    table = _Table(model, layers, positions)
+    with untouched(model):
+        for batch in as_batches(model, batches):
+            with table.watching((batch.args, batch.kwargs), batch.inputs):
+                model(*batch.args, **batch.kwargs)
+    return table.frame()
 
 
-def _row_name(name: str, calls: Counter[str]) -> str:
-    """Count a call of a layer and name its row."""
-    calls[name] += 1
-    return name if calls[name] == 1 else f"{name} ({calls[name]})"
+class Probe:
+    """Probe a model inside a training loop, every few steps, from the batches that it trains on.
+
+    A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not counted. Between the
+    steps that are measured the model runs as if nothing were there.
+
+    Args:
+        model: Any module, not compiled.
+        every: Measure steps 0, ``every``, 2 ``every``...
+        layers: As in :func:`probe`.
+        positions: As in :func:`probe`.
+
+    Raises:
+        TypeError: If ``model`` is not a module or is compiled, ``every`` is not an integer or ``layers`` is not as in
+            :func:`probe`.
+        ValueError: If ``every`` is below 1, ``positions`` is unknown, or ``layers`` is None and there is no weighted layer.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 4)
+        >>> with Probe(model, every=10) as probe:
+        ...     for step in range(21):
+        ...         _ = model(torch.ones(16, 8) * torch.arange(16)[:, None])
+        >>> probe.table.step.tolist(), probe.table.inputs.tolist()
+        ([0, 10, 20], [16, 16, 16])
+    """
+
+    def __init__(self, model: nn.Module, *, every: int = 1, layers: Layers = None, positions: str = "samples") -> None:
+        self._every = _check.integer("every", every)
+        self._new = partial(_Table, model, layers, positions)
+        self._new()  # what is wrong shows now
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+            raise TypeError(f"model must not be compiled, or hooks inside do not run, got {type(model).__name__}")
+        self._model, self._steps = model, 0
+        self._frames: list[pd.DataFrame] = []
+        self._hooks = ExitStack()
+        self._measuring: ExitStack | None = None
+
+    def __enter__(self) -> Probe:
+        self._hooks.callback(self._model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hooks.close()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows of :func:`probe` for every step that was measured, with its number in front as ``step``."""
+        return pd.concat(self._frames, ignore_index=True) if self._frames else pd.DataFrame()
+
+    def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        step, self._steps = self._steps, self._steps + 1
+        if step % self._every:
+            return
+        (_, first), *_ = tensors((args, kwargs))
+        table, measuring = self._new(), ExitStack()
+
+        def after(model: nn.Module, args: Any, output: Any) -> None:
+            measuring.close()
+            if output is not None:  # as it is where the forward pass raised
+                frame = table.frame()
+                frame.insert(0, "step", step)
+                frame.attrs = {}
+                self._frames.append(frame)
+
+        measuring.enter_context(table.watching((args, kwargs), len(first)))
+        measuring.callback(model.register_forward_hook(after, always_call=True).remove)  # the last hook of the model
 
 
-def _row(name: str, kind: str, shape: tuple[int, ...], found: Decomposition, alive: torch.Tensor) -> dict[str, Any]:
-    m2, v2, sigma2 = float(found.m2), float(found.v2), float(found.sigma2)
-    return {
-        "name": name, "type": kind, "shape": shape, "m2": m2, "v2": v2, "sigma2": sigma2,
-        "v2_fraction": v2 / sigma2 if sigma2 else float("nan"), "ratio": float(found.ratio),
-        "dead": 1 - float(alive.double().mean()), "inputs": found.inputs,
-    }  # fmt: skip
-
-
-def probe_gradients(model: nn.Module, inputs: torch.Tensor, *, seed: int) -> pd.DataFrame:
+def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame:
     """Mean square of the gradient at the output of every weighted layer, in execution order.
 
     A Gaussian vector is sent backwards from the model's output. Parameters get no gradient.
 
     Args:
-        model: Any module with linear or convolutional layers and a tensor as output.
-        inputs: A batch of inputs.
-        seed: Seed of the vector at the output.
+        model: Any module with linear or convolutional layers.
+        inputs: One batch, as :func:`probe` takes it.
+        seed: Seed of the vector at the output (the first floating-point tensor in it, if there are several).
 
     Returns:
         ``name``, ``gradient2`` (relative to the last row), ``growth`` (factor from the next row to this one, NaN in the last).
 
     Raises:
-        TypeError: If ``model`` is not a module, ``inputs`` not a tensor or the output not a tensor.
-        ValueError: If ``seed`` is negative or ``inputs`` not finite.
+        TypeError: If ``model`` is not a module, ``inputs`` not a batch or the output holds no floating-point tensor.
+        ValueError: If ``seed`` is negative, ``inputs`` not finite or no weighted layer is called.
 
     Examples:
         >>> import torch
@@ -211,23 +518,34 @@ def probe_gradients(model: nn.Module, inputs: torch.Tensor, *, seed: int) -> pd.
         [1.0, 1.0]
     """
     generator = stream(seed, "direction")
+    layers = weighted_layers(model)
     calls: Counter[str] = Counter()
     outputs: list[tuple[str, torch.Tensor]] = []
 
-    def record(name: str, layer: Layer, y: torch.Tensor) -> torch.Tensor:
+    def record(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
         y = y if y.requires_grad else y.requires_grad_()
-        outputs.append((_row_name(name, calls), y))
+        calls[name] += 1
+        outputs.append((row_name(name, calls[name]), y))
         return y.clone()  # an activation in place must not change what is differentiated by
 
-    if not isinstance(inputs, torch.Tensor):
-        raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
-    (x,) = as_batches(model, inputs)
-    with observed(model, record), torch.enable_grad():
-        y = model(x)
-        if not isinstance(y, torch.Tensor):
-            raise TypeError(f"model must return a tensor, got {type(y).__name__}")
+    if isinstance(inputs, list):  # of batches, which one pass does not take
+        raise TypeError("inputs must be one batch: a tensor, tuple or dict, got list")
+    (batch,) = as_batches(model, [inputs])
+    with untouched(model), hooked(layers, record), torch.enable_grad():
+        output = model(*batch.args, **batch.kwargs)
+        y = next((y for _, y in tensors(output) if y.is_floating_point()), None)
+        if y is None:
+            raise TypeError(f"model must return a floating-point tensor, got {type(output).__name__} with none")
+        if not outputs:
+            raise ValueError("model must call a weighted layer, got none called")
         direction = torch.randn(y.shape, generator=generator).to(y)
-        gradients = torch.autograd.grad(y, [output for _, output in outputs], direction, materialize_grads=True)
+        places = [output for _, output in outputs]
+        gradients = torch.autograd.grad(y, places, direction, materialize_grads=True)
     squares = pd.Series([float(gradient.double().square().mean()) for gradient in gradients])
     growth = squares / squares.shift(-1)
     return pd.DataFrame({"name": [name for name, _ in outputs], "gradient2": squares / squares.iloc[-1], "growth": growth})
+
+
+def row_name(name: str, call: int) -> str:
+    """Name of the row of a layer's first, second... call."""
+    return name if call == 1 else f"{name} ({call})"

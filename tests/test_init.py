@@ -1,6 +1,7 @@
 """Total init and sample init: what they promise, and that a failure leaves the model as it was."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import svlib as sv
+from tests import models
 from tests.test_probing import gaussian, same, state
 
 MODELS = {
@@ -112,19 +114,11 @@ class FailsTheSecondTime(nn.Module):
     ("model", "initializer", "error", "message"),
     [
         (constant_units(), sv.init.sample_, ValueError, r"layer '2' must have positive, finite scales .* got 3 of 3 not so"),
-        (nn.Sequential(nn.Linear(4, 4, bias=False)), sv.init.sample_, ValueError, "layer '0' must have a bias"),
-        (Shared(tied=True), sv.init.total_, ValueError, "must not share weights"),
-        (Shared(tied=False), sv.init.total_, ValueError, "layer 'second' must be called once"),
         (nn.Sequential(nn.Linear(4, 4), FailsTheSecondTime()), sv.init.sample_, RuntimeError, "half-way"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), sv.init.total_, ValueError, "must hold its weight"),
-        (
-            nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1, groups=2)),
-            sv.init.sample_,
-            ValueError,
-            "groups=1",
-        ),
+        (nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), sv.init.total_, ValueError, "module '1', a LSTM, must be frozen"),
     ],
-    ids=["no variance", "no bias", "tied", "called twice", "raises", "parametrized", "groups"],
+    ids=["no variance", "raises", "parametrized", "beyond"],
 )
 def test_failure_leaves_the_model_as_it_was(
     model: nn.Module, initializer: object, error: type[Exception], message: str
@@ -159,3 +153,76 @@ def test_bad_input(initializer: object) -> None:
             initializer(nn.Linear(4, 2), batches)  # type: ignore[operator]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         initializer(3, gaussian(3, 4))  # type: ignore[operator]
+
+
+def test_what_is_left_is_said() -> None:
+    x = gaussian(40, 4)
+    twice, tied = Shared(tied=False), Shared(tied=True)
+    assert sv.init.sample_(twice, x).done.tolist() == ["set", "set", "left, set as 'second'"]
+    assert sv.init.sample_(tied, x).done.tolist() == ["set", "left, set as 'first'"]
+    frozen = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    frozen[0].bias.requires_grad_(False)
+    before = copy.deepcopy(frozen[0].state_dict())
+    table = sv.init.sample_(frozen, x)
+    assert table.done.tolist() == ["left, frozen", "deviation set; no bias, mean left", "set"]
+    torch.testing.assert_close(frozen[0].state_dict(), before, rtol=0, atol=0)
+    assert table.v2_after[1] == pytest.approx(1, rel=1e-4)
+    assert table.m2_after[1] > 0.1
+    assert sv.init.total_(frozen, x).done.tolist() == ["left, frozen", "set", "set"]
+    model: Any
+    model, batch = models.MODELS["GPT-2 (transformers)"]()
+    embedding = model.transformer.wte.weight.detach().clone()
+    assert sv.init.sample_(model, batch).done.iloc[-1] == "left, tied to transformer.wte"
+    assert torch.equal(embedding, model.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 8, 3, groups=2, padding=1),
+        nn.Conv3d(4, 6, 1),
+        nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2),
+        nn.ConvTranspose2d(4, 8, 2, groups=4),
+    ],
+    ids=lambda layer: f"{type(layer).__name__}, {layer.groups} groups",
+)
+def test_every_unit_of_a_layer_of_any_kind(layer: nn.modules.conv._ConvNd) -> None:
+    positions = layer.weight.ndim - 2
+    x = gaussian(30, 4, *[5] * positions) * torch.arange(1, 5).reshape(4, *[1] * positions) + 1
+    sv.init.sample_(layer, x)
+    with torch.no_grad():
+        y = layer(x).double()
+    places = tuple(range(2, y.ndim))
+    assert float(y.mean((0, *places)).abs().max()) < 1e-5
+    np.testing.assert_allclose(sv.decompose(y, 0, 1, places).variance, 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_any_model_is_repaired(name: str) -> None:
+    for initializer in (sv.init.total_, sv.init.sample_):
+        model, batch = models.MODELS[name]()
+        before = state(model)
+        table = initializer(model, batch)
+        done = table[table.done.str.startswith(("set", "deviation"))]
+        assert len(done) >= len(table) - 1  # GPT-2's last is tied
+        values = done.m2_after + done.v2_after if initializer is sv.init.total_ else done.v2_after
+        np.testing.assert_allclose(values, 1, rtol=2e-3)
+        after = state(model)
+        before.pop("state"), after.pop("state")
+        same(before, after)
+        once = copy.deepcopy(model.state_dict())
+        initializer(model, batch)
+        torch.testing.assert_close(model.state_dict(), once, rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
+    model, x = sv.networks.mlp(64, width=64, depth=20, outputs=10, seed=0), gaussian(300, 64)
+    with pytest.warns(UserWarning, match=r"squared gradients at its first layer to be some 1e\+03 times those at its output"):
+        table = sv.init.sample_(model, x, gradients=True)
+    growth = float(table.gradient2_after[3] / table.gradient2_after[15]) ** (1 / 12)
+    assert growth == pytest.approx(np.pi / (np.pi - 1), rel=0.1)
+    assert float(table.gradient2_before[3] / table.gradient2_before[15]) ** (1 / 12) < 1.2
+    residual, batch = models.MODELS["residual"]()
+    sv.init.sample_(residual, batch)  # its shortest way has no ReLU: no warning
+    with pytest.raises(ValueError, match="batches must hold the same tensors"):
+        sv.init.total_(nn.Linear(4, 2), [{"input": x[:, :4]}, x[:, :4]])

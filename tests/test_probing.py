@@ -1,16 +1,20 @@
 """The probe against arithmetic by hand on stored activations, and the traces it must not leave."""
 
 import copy
+from contextlib import nullcontext
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
 from svlib._random import stream
 from svlib.theory import maps
+from tests import models
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -197,8 +201,8 @@ def test_bad_input(model: nn.Module, batches: object, error: type[Exception], me
 def test_bad_gradients() -> None:
     with pytest.raises(ValueError, match="seed must be at least 0"):
         sv.probe_gradients(nn.Linear(2, 2), gaussian(3, 2), seed=-1)
-    with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
-        sv.probe_gradients(nn.Linear(2, 2), [1.0], seed=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="inputs must be one batch: a tensor, tuple or dict, got list"):
+        sv.probe_gradients(nn.Linear(2, 2), [1.0], seed=0)
 
 
 def test_activations_in_place_do_not_change_the_gradients() -> None:
@@ -270,3 +274,199 @@ def test_no_weighted_layer_called() -> None:
     half_idle = nn.Sequential(nn.Linear(4, 4), Idle())
     with pytest.raises(ValueError, match=r"layer '1\.layer' must be called in the model's forward pass"):
         sv.init.total_(half_idle, gaussian(3, 4))
+
+
+def by_hand_of_any(y: np.ndarray, unit: int, positions: str) -> tuple[float, float]:
+    """m^2 and v^2 of y (inputs, ...), from the mean over pairs of different inputs, in float64."""
+    y = np.moveaxis(y.astype(np.float64), unit, 1)
+    y = y.reshape(len(y), -1, 1) if positions == "units" else y.reshape(*y.shape[:2], -1)
+    means = y.mean(-1)
+    centre = means.mean(0)  # sums of products of what is left lose no digits
+    rest = means - centre
+    pairs = centre**2 - (rest**2).sum(0) / (len(y) * (len(y) - 1))
+    return float(pairs.mean()), float(((y - centre[:, None]) ** 2).mean() + (centre**2).mean() - pairs.mean())
+
+
+@pytest.mark.parametrize("positions", ["samples", "units"])
+@pytest.mark.parametrize("shift", [0, 100], ids=["as it is", "m/v of 100"])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_any_model_equals_arithmetic_by_hand(name: str, shift: int, positions: str) -> None:
+    model, batch = models.MODELS[name]()
+    layers = sv.probing.weighted_layers(model)
+    if shift:
+        v2 = sv.probe(model, batch, positions=positions).set_index("name").v2
+        for layer_name, layer in layers.items():
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, shift * float(v2[layer_name]) ** 0.5)
+        if layers[v2.index[0]].bias is None:
+            batch = batch + 1000  # and BatchNorm takes it away again
+    stored: list[tuple[np.ndarray, int]] = []
+
+    def store(layer: nn.Module, _: object, y: torch.Tensor) -> None:
+        stored.append((y.detach().numpy().copy(), 1 if isinstance(layer, nn.modules.conv._ConvNd) else y.ndim - 1))
+
+    hooks = [layer.register_forward_hook(store) for layer in layers.values()]
+    table = sv.probe(model, batch, positions=positions)
+    for hook in hooks:
+        hook.remove()
+    assert len(table) == len(stored) >= 5
+    worst = 0.0
+    for (y, unit), found_m2, found_v2 in zip(stored, table.m2.to_numpy(), table.v2.to_numpy(), strict=True):
+        m2, v2_by_hand = by_hand_of_any(y, unit, positions)
+        assert found_v2 == pytest.approx(v2_by_hand, rel=1e-6)
+        assert found_m2 == pytest.approx(m2, rel=1e-6, abs=1e-6 * (m2 + v2_by_hand))
+        worst = max(worst, abs(found_v2 / v2_by_hand - 1))
+    if shift and layers[table.name[0]].bias is not None:
+        assert table.ratio.max() > 50
+    print(f"{name}, {len(table)} rows, m/v up to {table.ratio.max():.0f}, {positions}: v2 within {worst:.0e}")
+
+
+class Functional(nn.Module):
+    """A model without parameters and modules."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x @ torch.eye(x.shape[1])) + x
+        return F.relu_(y * 2.0).reshape(len(x), -1)
+
+
+def test_all_rows_of_modules_and_functions() -> None:
+    x = gaussian(30, 6)
+    table = sv.probe(Functional(), x, layers="all")
+    assert list(table.name) == ["matmul", "relu", "add", "mul", "relu (2)"]  # relu_ is one, too
+    y = x.relu() + x
+    for row, expected in zip(table.itertuples(), (x, x.relu(), y, 2 * y, (2 * y).relu()), strict=True):
+        assert row.v2 == pytest.approx(float(expected.double().var(0).mean()), rel=1e-6)
+    model = models.VGGLike()
+    everything = sv.probe(model, gaussian(4, 1, 16, 16), layers="all")
+    assert list(everything.type[:4]) == ["Conv2d", "relu", "Conv2d", "relu"]
+    assert "max_pool2d" in set(everything.type)
+    assert "flatten" not in set(everything.type)  # a view
+    weighted = sv.probe(model, gaussian(4, 1, 16, 16))
+    np.testing.assert_array_equal(everything[everything.name.isin(weighted.name)].v2, weighted.v2)
+    chosen = sv.probe(model, gaussian(4, 1, 16, 16), layers=["hidden.1", "*relu*", nn.Linear])
+    assert list(chosen.name) == ["relu", "hidden.1", "relu (2)", "relu (3)", "relu (4)", "scores"]
+    for layers, error, message in (
+        ("relu", TypeError, "layers must be None, 'all' or a list of names and module types, got 'relu'"),
+        ([], TypeError, "layers must hold names"),
+        ([3], TypeError, r"layers must hold names .* got \[3\]"),
+        (["nothing"], ValueError, "model must call what layers names, got none called"),
+    ):
+        with pytest.raises(error, match=message):
+            sv.probe(model, gaussian(4, 1, 16, 16), layers=layers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positions must be one of"):
+        sv.probe(model, gaussian(4, 1, 16, 16), positions="pixels")
+
+
+def test_units_lie_where_they_lay() -> None:
+    """ReLU behind a convolution in one dimension has its units along dimension 1, behind a linear layer along the last."""
+    y = gaussian(20, 3, 7) * torch.arange(1, 4)[:, None] + torch.arange(3)[:, None]
+    for layer in (nn.Conv1d(3, 3, 1, bias=False), nn.Linear(7, 7, bias=False)):
+        nn.init.dirac_(layer.weight) if isinstance(layer, nn.Conv1d) else nn.init.eye_(layer.weight)
+        table = sv.probe(nn.Sequential(layer, nn.ReLU()), y, layers="all")
+        dims = (0, 1, (2,)) if isinstance(layer, nn.Conv1d) else (0, 2, (1,))
+        assert table.m2[1] == pytest.approx(float(sv.decompose(y.relu(), *dims).m2), rel=1e-6)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(5, 6)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> dict[str, object]:
+        return {"logits": self.first(a) + self.second(b), "pair": (self.first(a), scale)}
+
+
+def test_tuples_and_dictionaries_are_arguments() -> None:
+    model, a, b = TwoInputs(), gaussian(9, 4), gaussian(9, 5)
+    expected = sv.probe(model, {"a": a, "b": b})
+    assert list(expected.name) == ["first", "second", "first (2)"]
+    labels = torch.zeros(9)
+    for batches in ([(a, b)], [(a, b, labels)], [{"b": b, "a": a, "scale": 2.0}], [{"a": a[:4], "b": b[:4]}, (a[4:], b[4:])]):
+        np.testing.assert_allclose(sv.probe(model, batches).v2, expected.v2, rtol=1e-6)
+    names = sv.probe(model, {"a": a, "b": b}, layers="all").name
+    assert list(names) == ["first", "second", "add", "first (2)", "['logits']", "['pair'][0]"]
+    gradients = sv.probe_gradients(model, (a, b), seed=0)
+    assert list(gradients.name) == ["first", "second", "first (2)"]
+    assert sv.init.sample_(model, [{"a": a[:4], "b": b[:4]}, {"a": a[4:], "b": b[4:]}]).done.tolist()[2].startswith("left, set")
+
+
+def test_weights_that_are_not_called_are_named() -> None:
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.warns(UserWarning, match=r"1 of 3 weighted layers have no row.*: self_attn\.out_proj"):
+        table = sv.probe(attention, gaussian(5, 3, 8))
+    assert list(table.name) == ["linear1", "linear2"]
+    assert "self_attn" in sv.probe(attention, gaussian(5, 3, 8), layers=[nn.MultiheadAttention]).name[0]
+
+
+def test_compiled_models_run_uncompiled() -> None:
+    model, x = sv.networks.mlp(8, width=16, depth=3, outputs=2, seed=0), gaussian(20, 8)
+    plain = sv.probe(model, x)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    pd.testing.assert_frame_equal(sv.probe(compiled, x), plain)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must not be compiled, or hooks inside do not run, got OptimizedModule"):
+        sv.Probe(compiled)  # type: ignore[arg-type]
+    torch._dynamo.reset()
+
+
+def test_autocast_channels_last_and_no_grad() -> None:
+    model, x = models.VGGLike(), gaussian(6, 1, 16, 16)
+    expected = sv.probe(model, x)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = sv.probe(model, x.contiguous(memory_format=torch.channels_last))
+    np.testing.assert_allclose(last.v2, expected.v2, rtol=1e-5)
+    with torch.no_grad():
+        pd.testing.assert_frame_equal(sv.probe(model, x), last)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(sv.probe(model, x).v2, expected.v2, rtol=0.05)
+
+
+def test_probe_in_a_training_loop_changes_nothing() -> None:
+    def train(every: int | None) -> tuple[list[float], pd.DataFrame]:
+        model = nn.Sequential(*sv.networks.mlp(8, width=16, depth=3, outputs=2, batchnorm=True, seed=0), nn.Dropout(0.2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses, rng = [], torch.get_rng_state()
+        with sv.Probe(model, every=every or 1) if every else nullcontext() as probe:
+            for step in range(7):
+                loss = model(gaussian(20, 8, seed=step)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                with torch.no_grad():
+                    model.eval()(gaussian(20, 8, seed=99))
+                model.train()
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        torch.set_rng_state(rng)
+        return losses, probe.table if probe else pd.DataFrame()
+
+    plain, _ = train(None)
+    losses, table = train(3)
+    assert losses == plain
+    assert table.step.unique().tolist() == [0, 3, 6]
+    assert len(table) == 9
+    model = nn.Sequential(*sv.networks.mlp(8, width=16, depth=3, outputs=2, batchnorm=True, seed=0), nn.Dropout(0.2))
+    first = sv.probe(model, gaussian(20, 8, seed=0))
+    np.testing.assert_allclose(table.v2[:3], first.v2, rtol=1e-6)
+
+
+def test_probe_survives_a_forward_pass_that_raises() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Failing())
+    with sv.Probe(model, layers="all") as probe:
+        with pytest.raises(RuntimeError, match="half-way"):
+            model(gaussian(3, 4))
+        assert probe.table.empty
+        model[1] = nn.ReLU()
+        model(gaussian(3, 4))
+        assert list(probe.table.step) == [1, 1]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    for arguments, error, message in (
+        ({"every": 0}, ValueError, "every must be at least 1"),
+        ({"every": 1.5}, TypeError, "every must be an integer"),
+        ({"layers": 3}, TypeError, "layers must be None"),
+        ({"positions": "?"}, ValueError, "positions must be one of"),
+    ):
+        with pytest.raises(error, match=message):
+            sv.Probe(model, **arguments)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        sv.Probe(3)  # type: ignore[arg-type]

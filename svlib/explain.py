@@ -1,0 +1,314 @@
+r"""Read a table of :func:`svlib.probe`: what theory expects of this network, and a diagnosis in words.
+
+Theory follows three numbers through the calls that the probe recorded, in the limit of infinite width: the mean square q
+of a signal, its mean product r for two different inputs, and its squared mean u over units. Of preactivations
+:math:`q=\sigma^2`, :math:`r=m^2`, u = 0.
+
+- Weights of fan-in n and mean square s, random and independent of the data, and biases of mean square b take (q, r) to
+  (n s q + b, n s r + b).
+- Positions of a transposed convolution of stride s see one of s x s parts of the kernel: where positions count as samples, r is
+  divided by the number of parts.
+- (Leaky) ReLU of slope a, on a Gaussian signal, takes q to :math:`\frac{1+a^2}2q` and r/q to C(r/q), the correlation map.
+- BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)).
+- A sum of independent signals has (q + q', r + r').
+
+One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise and an approximation for
+data whose pairs differ. Where a call is beyond this (pooling, attention, other activations), theory starts again from the
+measured values of the next linear or convolutional layer.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pandas as pd
+
+from svlib.calls import MOVES, NORMS, WEIGHTED, Call
+from svlib.theory import maps
+
+COLLAPSED = 0.1
+"""v^2/sigma^2 below which a layer counts as collapsed."""
+SCALE = 100.0
+"""Factor of sigma^2, against the first row, beyond which the scale counts as lost or exploding."""
+DEAD = 0.25
+"""Fraction of dead units before a ReLU that is worth a word."""
+GRADIENTS = 100.0
+"""Growth of squared gradients, from output to input, that is worth a word."""
+DEVIATION = 0.1
+"""Difference in v^2/sigma^2 between theory and measurement that is worth a word."""
+
+_GAUSSIAN = 0.01  # squared mean over units, as a part of q, that a preactivation may have
+
+
+class Signal(NamedTuple):
+    """Mean square, mean product for two inputs, squared mean over units."""
+
+    q: float
+    r: float
+    u: float
+
+
+class Finding(NamedTuple):
+    """One sentence of a diagnosis: its kind, what was found, what to do about it (may be empty)."""
+
+    kind: str
+    text: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}{' ' + self.advice if self.advice else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """A table with its theory and its diagnosis; in a notebook it shows all three.
+
+    Attributes:
+        table: The table of :func:`svlib.probe`.
+        theory: For each of its rows ``name``, ``m2``, ``v2``, ``sigma2`` and ``v2_fraction`` expected (NaN where theory is
+            silent), and ``start``: empty, or why theory starts from the measured values at this row.
+        findings: The diagnosis.
+    """
+
+    table: pd.DataFrame
+    theory: pd.DataFrame
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.findings))
+
+    def _repr_html_(self) -> str:
+        columns = ["name", "type", "m2", "v2", "v2_fraction", "ratio", "dead"]
+        shown = self.table[columns].assign(theory=self.theory.v2_fraction)
+        shown = shown.rename(columns={"theory": "v2_fraction, theory"})
+        items = (f"<b>{html.escape(f.kind)}</b>: {html.escape(f.text)} <i>{html.escape(f.advice)}</i>" for f in self.findings)
+        return shown.to_html(index=False, float_format="{:.3g}".format) + "<ul><li>" + "</li><li>".join(items) + "</li></ul>"
+
+
+def explain(table: pd.DataFrame) -> Explanation:
+    """Say what theory expects of a probed network and what the measurement shows, with the numbers in it.
+
+    Thresholds are the constants of :mod:`svlib.explain`.
+
+    Args:
+        table: A table of :func:`svlib.probe`, whole: its ``attrs`` hold what theory follows. Without them (read from a
+            file, for example) there is a diagnosis without theory.
+
+    Raises:
+        TypeError: If ``table`` is not a DataFrame.
+        ValueError: If it lacks columns of :func:`svlib.probe` or rows.
+
+    Examples:
+        >>> import svlib as sv
+        >>> model = sv.networks.mlp(256, width=256, depth=30, outputs=256, seed=0)
+        >>> explanation = explain(sv.probe(model, sv.data.gaussian(200, 256, seed=1)))
+        >>> print([finding.kind for finding in explanation.findings])
+        ['collapse', 'dead units', 'theory']
+        >>> print(explanation.theory.v2_fraction.round(2).iloc[[0, 1, 29]].tolist())
+        [1.0, 0.68, 0.03]
+    """
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table must be a DataFrame of svlib.probe, got {type(table).__name__}")
+    if missing := [c for c in ("name", "m2", "v2", "sigma2", "v2_fraction", "ratio", "dead") if c not in table]:
+        raise ValueError(f"table must have the columns of svlib.probe, got none named {missing}")
+    if table.empty:
+        raise ValueError("table must have rows, got none")
+    calls: list[Call] = table.attrs.get("calls", [])
+    if table.attrs.get("positions") == "units":  # no two parts of a transposed convolution's kernel meet
+        calls = [replace(call, options=call.options | {"phases": 1.0}) for call in calls]
+    table = table.reset_index(drop=True)
+    theory, silent = _theory(table, calls)
+    wrong = [*_scale(table, calls), *_collapse(table), *_dead(table, calls)]
+    if not wrong:
+        lowest = int(table.v2_fraction.to_numpy().argmin())
+        text = f"v²/σ² is nowhere below {table.v2_fraction[lowest]:.2g} ({table.name[lowest]!r}), and the scale is kept."
+        wrong = [Finding("sound", text)]
+    rest = [*_batchnorm(table, calls), *_gradients(table, calls), *_agreement(table, theory, calls, silent)]
+    return Explanation(table, theory, (*wrong, *rest))
+
+
+def follow(call: Call, before: list[Signal | None]) -> Signal | None:
+    """What theory expects of a call's output, given its parents'; ``None`` where it is silent."""
+    o = call.options
+    if call.function == "measured":
+        return Signal(o["sigma2"], o["m2"], o["mean2"])
+    if not before or any(signal is None for signal in before):
+        return None
+    (q, r, u), *others = [signal for signal in before if signal is not None]
+    if call.function in WEIGHTED:
+        return Signal(o["gain"] * q + o["bias2"], o["gain"] * r / o.get("phases", 1.0) + o["bias2"], 0.0)
+    if call.function in MOVES:
+        return Signal(q, r, u)
+    if call.function in ("relu", "leaky_relu"):
+        if q <= 0 or u > _GAUSSIAN * q:
+            return None
+        a = o.get("slope", 0.0)
+        rho = maps.correlation(min(1.0, max(-1.0, r / q)), activation="leaky_relu", negative_slope=a)
+        half = q * (1 + a**2) / 2
+        return Signal(half, half * rho, q * (1 - a) ** 2 / (2 * math.pi))
+    if call.function == "dropout":
+        return Signal(q / o["keep"], r, u) if o["keep"] > 0 else None
+    if call.function == "batch_norm":
+        if "variance" not in o:
+            return Signal(o["gamma2"] + o["beta2"], o["beta2"], 0.0)
+        if o["mean2"] > 0:
+            return None
+        factor = o["gamma2"] / o["variance"]
+        return Signal(factor * q + o["beta2"], factor * r + o["beta2"], factor * u)
+    if call.function in ("layer_norm", "rms_norm"):
+        u = u if call.function == "layer_norm" else 0.0
+        return Signal(o["gamma2"] + o["beta2"], o["gamma2"] * (r - u) / (q - u) + o["beta2"], 0.0) if q > u else None
+    if call.function == "add" and len(set(call.parents)) == 2:
+        ((q2, r2, u2),) = others
+        return Signal(q + q2, r + r2, u + u2) if min(u, u2) == 0 else None
+    if call.function == "add" and "constant2" in o:
+        return Signal(q + o["constant2"], r + o["constant2"], u)
+    if call.function == "mul" and "constant2" in o:
+        return Signal(q * o["constant2"], r * o["constant2"], u * o["constant2"])
+    return None
+
+
+def gradient_growth(calls: list[Call]) -> float:
+    r"""Growth of squared gradients, input against output, of a network in which every unit has sample mean 0 and variance 1.
+
+    A factor :math:`\pi/(\pi-1)` per ReLU (for a slope, :func:`svlib.theory.maps.batchnorm_slope` at 1), multiplied along the
+    way from input to output on which there are fewest.
+    """
+    growth: list[float] = []
+    for call in calls:
+        before = min((growth[parent] for parent in call.parents), default=1.0)
+        if call.function in ("relu", "leaky_relu"):
+            before *= maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=call.options.get("slope", 0.0))
+        growth.append(before)
+    return growth[-1] if growth else 1.0
+
+
+def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Counter[str]]:
+    """The theory's table, and which calls made theory silent how often."""
+    sigma2, m2 = ({name: float(x) for name, x in zip(table.name, table[kind], strict=True)} for kind in ("sigma2", "m2"))
+    signals: list[Signal | None] = []
+    causes: list[str] = []
+    expected: dict[str, tuple[Signal, str]] = {}
+    for call in calls:
+        before = [signals[parent] for parent in call.parents]
+        found = follow(call, before)
+        cause = next((causes[parent] for parent in call.parents if signals[parent] is None), call.function)
+        if found is None and call.row and _weighted(call, calls):
+            found = Signal(sigma2[call.row], m2[call.row], 0.0)
+            expected[call.row] = found, cause
+        elif found is not None and call.row:
+            expected[call.row] = found, ""
+        signals.append(found)
+        causes.append(cause)
+    rows = []
+    for name in table.name:
+        signal, start = expected.get(name, (Signal(*[math.nan] * 3), "no theory"))
+        v2 = signal.q - signal.r
+        fraction = v2 / signal.q if signal.q else math.nan
+        rows.append((name, signal.r, v2, signal.q, fraction, start))
+    frame = pd.DataFrame(rows, columns=["name", "m2", "v2", "sigma2", "v2_fraction", "start"])
+    return frame, Counter(cause for _, cause in expected.values() if cause not in ("", "input"))
+
+
+def _weighted(call: Call, calls: list[Call]) -> bool:
+    """Whether a call is of a weighted layer, or moves what came out of one."""
+    while call.function in MOVES:
+        call = calls[call.parents[0]]
+    return call.function in WEIGHTED
+
+
+def _scale(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
+    names, sigma2 = table.name.tolist(), table.sigma2.to_numpy()
+    found: list[Finding] = []
+    if any(call.function in NORMS for call in calls):  # which bring the scale back
+        return found
+    for kind, row in (("explosion", int(sigma2.argmax())), ("loss of scale", int(sigma2.argmin()))):
+        low, high = sorted((sigma2[0], sigma2[row]))
+        if high > SCALE * low:
+            text = f"σ² goes from {sigma2[0]:.2g} at {names[0]!r} to {sigma2[row]:.2g} at {names[row]!r}."
+            found.append(Finding(kind, text, "sv.init.total_ sets σ² to 1 in every layer."))
+    return found
+
+
+def _collapse(table: pd.DataFrame) -> list[Finding]:
+    names, fractions, sigma2 = table.name.tolist(), table.v2_fraction.to_numpy(), table.sigma2.to_numpy()
+    row = next((row for row, fraction in enumerate(fractions) if fraction < COLLAPSED), None)
+    if row is None:
+        return []
+    if row == 0:
+        text = f"at the first layer v²/σ² is {fractions[0]:.2g}: the inputs are nearly alike, or have a large mean."
+        return [Finding("collapse", text, "Subtract the mean of the inputs over the data before anything else.")]
+    text = (
+        f"from {names[row]!r} on (row {row + 1} of {len(names)}) the layers hardly tell inputs apart: "
+        f"v²/σ² falls from {fractions[0]:.2g} to {fractions[row]:.2g} there and is {fractions[-1]:.2g} at the last. "
+        f"The sample mean takes over, m/v = {table.ratio.iloc[-1]:.2g} at the last."
+    )
+    if not 0.5 < (scale := sigma2[row] / sigma2[0]) < 2:
+        text += f" On the way the scale σ² changes as well, by a factor {scale:.2g}."
+    advice = "sv.init.sample_ removes the means; so does BatchNorm. Rescaling (sv.init.total_) cannot help."
+    return [Finding("collapse", text, advice)]
+
+
+def _dead(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
+    feeds = set()
+    for call in calls:
+        if call.function == "relu":
+            source = calls[call.parents[0]]
+            while not source.row and len(source.parents) == 1:
+                source = calls[source.parents[0]]
+            feeds.add(source.row)
+    dead = {name: float(fraction) for name, fraction in zip(table.name, table.dead, strict=True) if name in feeds}
+    many = [name for name, fraction in dead.items() if fraction > DEAD]
+    if not many:
+        return []
+    worst = max(many, key=dead.__getitem__)
+    text = f"{dead[worst]:.0%} of the units of {worst!r}, before a ReLU, are positive for no input"
+    text += f" ({len(many)} of {len(table)} layers above {DEAD:.0%})."
+    return [
+        Finding("dead units", text, "They pass nothing on. With sv.init.sample_ every unit has inputs on either side of 0.")
+    ]
+
+
+def _batchnorm(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
+    if not any(call.function == "batch_norm" and "variance" not in call.options for call in calls):
+        return []
+    expected = math.sqrt(1 / (math.pi - 1))
+    median = table.ratio.iloc[1:].median()
+    text = f"in training mode it stops the decay: m/v is {median:.2g} in the median of rows; "
+    text += f"theory has {expected:.3f} behind ReLU."
+    return [Finding("BatchNorm", text)]
+
+
+def _gradients(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
+    centred = table.m2.iloc[1:].abs().median() < 0.05 * table.sigma2.iloc[1:].median()
+    normalized = any(call.function == "batch_norm" and "variance" not in call.options for call in calls)
+    growth = gradient_growth(calls)
+    if not (centred or normalized) or growth < GRADIENTS:
+        return []
+    text = (
+        f"with sample means of 0 squared gradients grow backwards, by 1.467 per ReLU layer, here by some {growth:.0e} in all."
+    )
+    return [Finding("gradients", text, "Residual connections or smaller learning rates help; see sv.probe_gradients.")]
+
+
+def _agreement(table: pd.DataFrame, theory: pd.DataFrame, calls: list[Call], silent: Counter[str]) -> list[Finding]:
+    if not calls:
+        return [Finding("theory", "none, for the table has no record of the network's calls (was it read from a file?).")]
+    predicted = [row for row, start in enumerate(theory.start) if start == ""]
+    causes = ", ".join(f"{cause} ({count})" for cause, count in silent.most_common(4))
+    if not predicted:
+        return [Finding("theory", f"follows no row; it stops at {causes or 'the first'}.")]
+    names, expected, found = table.name.tolist(), theory.v2_fraction.to_numpy(), table.v2_fraction.to_numpy()
+    last, worst = predicted[-1], max(predicted, key=lambda row: abs(float(expected[row] - found[row])))
+    text = f"follows {len(predicted)} of {len(table)} rows{f'; it starts anew behind {causes}' if causes else ''}. "
+    text += f"At {names[last]!r} it expects v²/σ² = {expected[last]:.2g}, measured {found[last]:.2g}."
+    if abs(expected[worst] - found[worst]) <= DEVIATION:
+        return [Finding("theory", text)]
+    text += f" They differ most at {names[worst]!r}: expected {expected[worst]:.2g}, measured {found[worst]:.2g}."
+    reasons = "Theory knows wide layers, random weights and one correlation for all pairs of inputs and positions; "
+    reasons += "narrow layers, trained or calibrated weights and structured data depart from it."
+    return [Finding("theory", text, reasons)]
