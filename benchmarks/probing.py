@@ -20,19 +20,19 @@ import svlib as sv
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def resnet50() -> tuple[nn.Module, Callable[[int], Any]]:
+def resnet50() -> tuple[nn.Module, Callable[[int, int], Any]]:
     from transformers import ResNetConfig, ResNetModel
 
-    return ResNetModel(ResNetConfig()), lambda seed: images(8, 224, seed)
+    return ResNetModel(ResNetConfig()), lambda inputs, seed: images(inputs, 224, seed)
 
 
-def gpt2() -> tuple[nn.Module, Callable[[int], Any]]:
+def gpt2() -> tuple[nn.Module, Callable[[int, int], Any]]:
     from transformers import GPT2Config, GPT2Model
 
-    return GPT2Model(GPT2Config()), lambda seed: {"input_ids": tokens(4, 256, 50257, seed)}
+    return GPT2Model(GPT2Config()), lambda inputs, seed: {"input_ids": tokens(inputs, 256, 50257, seed)}
 
 
-MODELS = {"ResNet-50, 8 x 3 x 224 x 224": resnet50, "GPT-2 small, 4 x 256 tokens": gpt2}
+MODELS = {"ResNet-50, 3 x 224 x 224": resnet50, "GPT-2 small, 256 tokens": gpt2}
 
 
 def images(count: int, side: int, seed: int) -> torch.Tensor:
@@ -49,46 +49,46 @@ def forward(model: nn.Module, batch: Any) -> None:
 
 
 def overhead() -> None:
-    """One batch; and ten, where only the first is recorded for the theory."""
+    """Over batches of few and of many inputs, and over ten batches, of which only the first is recorded for the theory."""
     for name, make in MODELS.items():
         model, batch_of = make()
         model.eval()
-        for count in (1, 10):
-            batches = [batch_of(seed) for seed in range(count)]
-            times: dict[str, list[float]] = {"forward": [], "probe": [], "all": []}
-            for _ in range(6 if count == 1 else 2):
-                for kind, seconds in times.items():
-                    if kind == "all" and count > 1:
-                        continue
+        for inputs, count in ((4, 1), (32, 1), (4, 10)):
+            batches = [batch_of(inputs, seed) for seed in range(count)]
+            cases: dict[str, Callable[[], object]] = {
+                "forward": lambda batches=batches: [forward(model, batch) for batch in batches],  # type: ignore[misc]
+                "probe": lambda batches=batches: sv.probe(model, batches),  # type: ignore[misc]
+            }
+            if count == 1:
+                cases["layers='all'"] = lambda batches=batches: sv.probe(model, batches, layers="all")  # type: ignore[misc]
+            seconds: dict[str, list[float]] = {case: [] for case in cases}
+            for _ in range(7):
+                for case, run in cases.items():
                     started = time.perf_counter()
-                    if kind == "forward":
-                        for batch in batches:
-                            forward(model, batch)
-                    else:
-                        sv.probe(model, batches, layers=None if kind == "probe" else "all")
-                    seconds.append(time.perf_counter() - started)
-            bare = min(times["forward"])
-            ratios = ", ".join(
-                f"{kind} {min(found) / bare:.2f}" for kind, found in times.items() if found and kind != "forward"
-            )
-            print(f"{name}, {count} batches: forward {bare:.2f} s, over it: {ratios}")
+                    run()
+                    seconds[case].append(time.perf_counter() - started)
+            bare = seconds.pop("forward")
+            ratios = {case: sorted(t / b for t, b in zip(found, bare, strict=True)) for case, found in seconds.items()}
+            told = ", ".join(f"{case} {found[3]:.2f} ({found[0]:.2f} to {found[-1]:.2f})" for case, found in ratios.items())
+            print(f"{name}, {count} x {inputs} inputs: forward {sorted(bare)[3]:.2f} s, times over it: {told}", flush=True)
 
 
 def memory(case: str = "") -> None:
     if not case:
         for name in MODELS:
-            for what in ("forward 1", "forward 10", "probe 1", "probe 10", "probe 100" if "GPT" in name else "probe 40"):
+            for what in ("forward 1", "forward 10", "probe 1", "probe 10", "probe 100"):
                 subprocess.run([sys.executable, __file__, "memory", f"{name}|{what}"], check=True)
         return
     name, what = case.split("|")
     kind, count = what.split()
     model, batch_of = MODELS[name]()
     model.eval()
+    inputs = 8 if "ResNet" in name else 4
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def batches() -> Iterator[Any]:
         for seed in range(int(count)):
-            yield batch_of(seed)
+            yield batch_of(inputs, seed)
 
     if kind == "forward":
         for batch in batches():
@@ -96,7 +96,7 @@ def memory(case: str = "") -> None:
     else:
         sv.probe(model, batches())
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{name}, {kind}, {count} batches: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} above the model")
+    print(f"{name}, {kind}, {count} batches of {inputs}: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} above the model")
 
 
 if __name__ == "__main__":

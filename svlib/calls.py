@@ -81,11 +81,17 @@ class Recorder(TorchFunctionMode):
         self._measure, self._on_call = measure, on_call
         self._number = WeakTensorKeyDictionary()
         self._known: list[bool] = []
+        # Inputs and weighted layers that a signal comes from, with none between: signals without a common one are independent
+        self._origins: list[frozenset[int]] = []
         for _, x in tensors(inputs):
             self._add(Call("input"), x, known=False)
 
     def _add(self, call: Call, output: torch.Tensor, *, known: bool) -> None:
         self._number[output] = len(self.calls)
+        if call.function in WEIGHTED | {"input"}:
+            self._origins.append(frozenset({len(self.calls)}))
+        else:
+            self._origins.append(frozenset[int]().union(*(self._origins[parent] for parent in call.parents)))
         self.calls.append(call)
         self._known.append(known)
 
@@ -98,11 +104,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [x for _, x in tensors((args, kwargs))]
-        mine = [x for x in given if x in self._number]
         output = function(*args, **kwargs)
         made = [y for _, y in tensors(output)]
-        if not mine or not made:
+        given = [x for _, x in tensors((args, kwargs))] if made else []  # most calls only ask for a shape
+        mine = [x for x in given if x in self._number]
+        if not mine:
             return output
         name = getattr(function, "__name__", type(function).__name__).strip("_")
         inplace = any(output is x for x in given) and (function.__name__.endswith("_") or bool(kwargs.get("inplace")))
@@ -111,10 +117,10 @@ class Recorder(TorchFunctionMode):
         known = call.function in WEIGHTED or (call.function in FOLLOWED and all(self._known[n] for n in call.parents))
         for y in made:
             self._add(call, y, known=known)
-            storage = y.untyped_storage().data_ptr()
-            viewed = any(x.untyped_storage().data_ptr() == storage for x in given)
-            if self._on_call is not None and y.is_floating_point() and (inplace or not viewed):
-                self._on_call(name, y)
+            if self._on_call is not None and y.is_floating_point():
+                storage = y.untyped_storage().data_ptr()
+                if inplace or all(x.untyped_storage().data_ptr() != storage for x in given):
+                    self._on_call(name, y)
         return output
 
     def _call(self, name: str, parents: list[int], mine: list[torch.Tensor], args: Any, kwargs: Any, output: Any) -> Call:
@@ -122,6 +128,8 @@ class Recorder(TorchFunctionMode):
             options = _constant(name, mine, args, kwargs)
             name = "add" if name in _SUMS else "mul"
             if name == "add" and len(mine) == 2:
+                if self._origins[parents[0]] & self._origins[parents[1]]:
+                    return Call("add of dependent signals", tuple(parents))
                 parents = [self._followed(number, x) for number, x in zip(parents, mine, strict=True)]
         else:
             options = _options(name, args, kwargs)
@@ -188,4 +196,7 @@ def _constant(name: str, mine: list[torch.Tensor], args: Any, kwargs: Any) -> di
 
 
 def _mean_square(value: torch.Tensor | None, default: float) -> float:
-    return default if value is None else float(torch.linalg.vector_norm(value.detach().float()) ** 2) / max(1, value.numel())
+    if value is None:
+        return default
+    flat = value.detach().float().flatten()
+    return float(flat.dot(flat)) / max(1, len(flat))

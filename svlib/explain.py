@@ -10,7 +10,8 @@ of a signal, its mean product r for two different inputs, and its squared mean u
   divided by the number of parts.
 - (Leaky) ReLU of slope a, on a Gaussian signal, takes q to :math:`\frac{1+a^2}2q` and r/q to C(r/q), the correlation map.
 - BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)).
-- A sum of independent signals has (q + q', r + r').
+- A sum of independent signals has (q + q', r + r'). Signals are independent if random weights lie between them and what they
+  have in common.
 
 One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise and an approximation for
 data whose pairs differ. Where a call is beyond this (pooling, attention, other activations), theory starts again from the
@@ -162,7 +163,7 @@ def follow(call: Call, before: list[Signal | None]) -> Signal | None:
     if call.function in ("layer_norm", "rms_norm"):
         u = u if call.function == "layer_norm" else 0.0
         return Signal(o["gamma2"] + o["beta2"], o["gamma2"] * (r - u) / (q - u) + o["beta2"], 0.0) if q > u else None
-    if call.function == "add" and len(set(call.parents)) == 2:
+    if call.function == "add" and len(call.parents) == 2:
         ((q2, r2, u2),) = others
         return Signal(q + q2, r + r2, u + u2) if min(u, u2) == 0 else None
     if call.function == "add" and "constant2" in o:

@@ -19,7 +19,7 @@ from svlib import _check
 
 Array = NDArray[np.float64]
 
-# Entries in float64 at a time: what the processor's cache holds (ten times faster than whole tensors); on CUDA 128 MB
+# Entries at a time: what a processor's cache holds (several times faster than whole tensors); on CUDA 64 or 128 MB
 _ENTRIES = {False: 2**18, True: 2**24}
 
 
@@ -33,19 +33,21 @@ def _divide(numerator: Array, denominator: Array) -> Array:
 class Decomposition:
     """Sample mean and sample variance of every unit, and their averages over units.
 
-    All arrays are NumPy float64. ``mean``, ``variance`` and ``squared_mean`` have the kept dimensions
+    All arrays are NumPy float64. ``mean``, ``squared_mean``, ``variance`` and ``largest`` have the kept dimensions
     of the input followed by the units; the averages have the kept dimensions only (none gives 0-d).
 
     Attributes:
         mean: Sample mean of each unit.
         squared_mean: Unbiased estimate of each unit's squared sample mean. It can be negative.
         variance: Unbiased sample variance of each unit.
+        largest: Largest preactivation of each unit. Where it is not positive, a ReLU behind the unit passes nothing.
         inputs: Number of inputs S.
     """
 
     mean: Array
     squared_mean: Array
     variance: Array
+    largest: Array
     inputs: int
 
     @cached_property
@@ -114,6 +116,7 @@ class Moments:
         self._mean: torch.Tensor  # (*kept, units), mean over inputs of the position means
         self._within: torch.Tensor  # sum over inputs of the position mean of (y - mean)^2
         self._between: torch.Tensor  # sum over inputs of (position mean - mean)^2
+        self._largest: torch.Tensor
 
     def update(self, y: Any) -> Moments:
         """Add a chunk of inputs.
@@ -137,21 +140,15 @@ class Moments:
         kept = [dim for dim in range(y.ndim) if dim not in dims]
         y = y.permute(dims[0], *kept, dims[1], *dims[2:])
         y = y.reshape(*y.shape[: len(kept) + 2], -1)  # (inputs, *kept, units, positions)
-        shift = y[0, ..., 0].to(torch.float64)  # of the size of the mean, so that digits survive below where the mean is large
-
-        position_means, squares = [], torch.zeros_like(shift)
-        rows = max(1, _ENTRIES[y.is_cuda] // y[0].numel())
-        buffer = torch.empty_like(y[:rows], dtype=torch.float64)
-        for part in y.split(rows):
-            z = buffer[: len(part)].copy_(part).sub_(shift[..., None])
-            position_means.append(z.mean(-1))
-            squares += z.square_().mean(-1).sum(0)
-        deviations = torch.cat(position_means)
-        offset = deviations.mean(0)
+        inputs, positions = len(y), y.shape[-1]
+        if positions == 1:  # then the sums below run over inputs
+            y = y[..., 0].movedim(0, -1)[None]
+        means, squares, largest = _along_last(y)
         chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
-        chunk._inputs, chunk._mean = len(y), shift + offset
-        chunk._between = (deviations - offset).square_().sum(0)
-        chunk._within = chunk._between if y.shape[-1] == 1 else squares - len(y) * offset.square()
+        chunk._inputs, chunk._mean, chunk._largest = inputs, means.mean(0), largest.amax(0)
+        squares = squares.sum(0) / positions
+        chunk._between = squares if positions == 1 else (means - chunk._mean).square_().sum(0)
+        chunk._within = squares if positions == 1 else squares + chunk._between
         if not torch.isfinite(chunk._within + chunk._mean.square()).all():
             largest = float(_check.floating("y", y).abs().max())  # NaN or infinity has its own message
             raise _check.NotFiniteError(f"y must have squares that float64 can hold, got entries up to {largest:.3g}")
@@ -172,7 +169,7 @@ class Moments:
             return self
         if self._inputs == 0:
             self._inputs, self._mean = other._inputs, other._mean
-            self._within, self._between = other._within, other._between
+            self._within, self._between, self._largest = other._within, other._between, other._largest
             return self
         if self._mean.shape != other._mean.shape:
             raise ValueError(f"every chunk must have units of shape {tuple(self._mean.shape)}, got {tuple(other._mean.shape)}")
@@ -182,6 +179,7 @@ class Moments:
         self._mean = self._mean + step * (other._inputs / inputs)
         self._within = self._within + other._within + shift
         self._between = self._between + other._between + shift
+        self._largest = self._largest.maximum(other._largest)
         self._inputs = inputs
         return self
 
@@ -198,8 +196,33 @@ class Moments:
             mean=self._mean.cpu().numpy(),
             squared_mean=(self._mean.square() - variance_of_mean).cpu().numpy(),
             variance=(self._within / self._inputs + variance_of_mean).cpu().numpy(),
+            largest=self._largest.cpu().numpy(),
             inputs=self._inputs,
         )
+
+
+def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, sum of squares about it, and largest entry, along the last dimension, in float64."""
+    shift = y[..., :1].to(torch.float64)  # of the size of the mean, so that digits survive where the mean is large
+    sums, squares = (torch.empty_like(shift[..., 0]) for _ in range(2))
+    largest = y.new_empty(y.shape[:-1])
+    rows, columns = (max(1, _ENTRIES[y.is_cuda] // part.numel()) for part in (y[0], y[0, 0]))
+    buffer = torch.empty_like(y[:rows, :columns], dtype=torch.float64)
+    contiguous = y.stride(-1) == 1
+    for row in range(0, len(y), rows):
+        for column in range(0, y.shape[1], columns):
+            at = slice(row, row + rows), slice(column, column + columns)
+            part = y[at]
+            z = buffer[: len(part), : part.shape[1]].copy_(part).sub_(shift[at])
+            torch.amax(part, -1, out=largest[at])
+            torch.sum(z, -1, out=sums[at])
+            if contiguous:
+                torch.linalg.vector_norm(z, dim=-1, out=squares[at]).square_()
+            else:  # where a norm is slow
+                torch.sum(z.mul_(z), -1, out=squares[at])
+    means = sums / y.shape[-1]
+    # the shift is one of the entries, so the square subtracted is at most as many times what is left as there are entries
+    return shift[..., 0] + means, (squares - sums * means).clamp_(min=0), largest.to(torch.float64)
 
 
 def decompose(y: Any, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()) -> Decomposition:

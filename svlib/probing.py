@@ -200,29 +200,18 @@ class _Row:
 
     def __init__(self, kind: str, y: torch.Tensor, dims: tuple[int, int, tuple[int, ...]], positions: str) -> None:
         self.kind, self.shape, self._flat = kind, tuple(y.shape[1:]), positions == "units"
-        _, unit, places = (0, 1, ()) if self._flat else dims
-        self.moments = Moments(0, unit, places)
-        self._unit, self._but_units = unit, [0, *places]
-        self._dead: torch.Tensor | None = None  # numbers of the units never positive so far
+        self.moments = Moments(*((0, 1, ()) if self._flat else dims))
 
     def update(self, y: torch.Tensor) -> None:
-        y = y.detach().flatten(1) if self._flat else y.detach()
-        self.moments.update(y)
-        for part in (y[:1], y[1:]):  # most units are alive on the first input, and need no further look
-            if self._dead is None:
-                self._dead = torch.arange(y.shape[self._unit], device=y.device)
-            if len(self._dead) and len(part):
-                looked = part if len(self._dead) == y.shape[self._unit] else part.index_select(self._unit, self._dead)
-                self._dead = self._dead[looked.amax(self._but_units) <= 0]
+        self.moments.update(y.flatten(1) if self._flat else y)
 
     def values(self) -> dict[str, Any]:
         found = self.moments.result()
-        assert self._dead is not None
         m2, v2, sigma2 = float(found.m2), float(found.v2), float(found.sigma2)
         return {
             "type": self.kind, "shape": self.shape, "m2": m2, "v2": v2, "sigma2": sigma2,
             "v2_fraction": v2 / sigma2 if sigma2 else float("nan"), "ratio": float(found.ratio),
-            "dead": len(self._dead) / found.mean.size, "inputs": found.inputs,
+            "dead": float((found.largest <= 0).mean()), "inputs": found.inputs,
         }  # fmt: skip
 
 
@@ -249,25 +238,17 @@ class _Table:
     def _record(self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor) -> None:
         self._counts[name] += 1
         row = row_name(name, self._counts[name])
-        dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
-        self._units[y.shape] = dims[1]
-        with self._aside(y, row):
+        if self._recorder is not None:
+            self._recorder.name_row(y, row)
+        with torch._C.DisableTorchFunction():  # what follows is not the model's doing
+            dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
+            self._units[y.shape] = dims[1]
             try:
                 self._rows.setdefault(row, _Row(kind, y, dims, self._positions)).update(y)
             except ValueError as error:
                 raise type(error)(f"layer {row!r}: {error}") from None
         if self._hooked is self._modules:
             self._last = y
-
-    @contextmanager
-    def _aside(self, y: torch.Tensor, row: str) -> Iterator[None]:
-        """Do what is not the model's doing, and is not to be recorded."""
-        if self._recorder is None:
-            yield
-            return
-        self._recorder.name_row(y, row)
-        with torch._C.DisableTorchFunction():
-            yield
 
     def _after_layer(self, name: str, layer: nn.Module, output: Any) -> None:
         self._record(name, layer, type(layer).__name__, output)

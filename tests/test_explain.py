@@ -81,6 +81,25 @@ def test_theory_of_residual_sums() -> None:
     assert explanation.theory.v2_fraction[3] == pytest.approx(1 - sv.theory.maps.correlation(float(trunk)), abs=0.005)
 
 
+class Dependent(nn.Module):
+    """y + relu(y) in one block, and y + W relu(y) in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch, self.last = wide(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y = y + self.branch(torch.relu(y))
+        y = y + torch.relu(y)
+        return self.last(y)
+
+
+def test_dependent_signals_are_no_sum_of_independent_ones() -> None:
+    explanation = sv.explain(sv.probe(Dependent(), gaussian(50, WIDTH)))
+    assert explanation.theory.start.tolist() == ["input", "", "add of dependent signals"]
+
+
 def test_theory_of_every_call() -> None:
     q, r, u = 3.0, 1.0, 0.0
     for call, expected in (
@@ -102,7 +121,7 @@ def test_theory_of_every_call() -> None:
         (Call("relu", (0,)), [Signal(3.0, 1.0, 1.0)]),  # no Gaussian
         (Call("softmax", (0,)), [Signal(q, r, u)]),
         (Call("relu", (0,)), [None]),
-        (Call("add", (0, 0)), [Signal(q, r, u), Signal(q, r, u)]),  # y + y is no sum of independent signals
+        (Call("add of dependent signals", (0, 1)), [Signal(q, r, u), Signal(q, r, u)]),
         (Call("batch_norm", (0,), {"gamma2": 4.0, "beta2": 1.0, "mean2": 0.1, "variance": 2.0}), [Signal(q, r, u)]),
     ]
     for call, signals in beyond:
