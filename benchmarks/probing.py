@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,9 +44,16 @@ def tokens(count: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
     return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def forward(model: nn.Module, batch: Any) -> None:
-    with torch.no_grad():
-        model(**batch) if isinstance(batch, dict) else model(batch)
+def run(case: str, model: nn.Module, batches: list[Any]) -> float:
+    """Seconds of one case."""
+    started = time.perf_counter()
+    if case == "forward":
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch) if isinstance(batch, dict) else model(batch)
+    else:
+        sv.probe(model, batches, layers="all" if case == "all layers" else None)
+    return time.perf_counter() - started
 
 
 def overhead() -> None:
@@ -53,24 +61,17 @@ def overhead() -> None:
     for name, make in MODELS.items():
         model, batch_of = make()
         model.eval()
-        for inputs, count in ((4, 1), (32, 1), (4, 10)):
+        for inputs, count in ((4, 1), (4, 10), (32, 1)):
             batches = [batch_of(inputs, seed) for seed in range(count)]
-            cases: dict[str, Callable[[], object]] = {
-                "forward": lambda batches=batches: [forward(model, batch) for batch in batches],  # type: ignore[misc]
-                "probe": lambda batches=batches: sv.probe(model, batches),  # type: ignore[misc]
-            }
-            if count == 1:
-                cases["layers='all'"] = lambda batches=batches: sv.probe(model, batches, layers="all")  # type: ignore[misc]
-            seconds: dict[str, list[float]] = {case: [] for case in cases}
-            for _ in range(7):
-                for case, run in cases.items():
-                    started = time.perf_counter()
-                    run()
-                    seconds[case].append(time.perf_counter() - started)
-            bare = seconds.pop("forward")
-            ratios = {case: sorted(t / b for t, b in zip(found, bare, strict=True)) for case, found in seconds.items()}
-            told = ", ".join(f"{case} {found[3]:.2f} ({found[0]:.2f} to {found[-1]:.2f})" for case, found in ratios.items())
-            print(f"{name}, {count} x {inputs} inputs: forward {sorted(bare)[3]:.2f} s, times over it: {told}", flush=True)
+            cases = ["forward", "probe", *["all layers"] * (count == 1)]
+            seconds = np.array([[run(case, model, batches) for case in cases] for _ in range(7)])
+            ratios = seconds[:, 1:] / seconds[:, :1]
+            told = zip(cases[1:], np.median(ratios, 0), ratios.min(0), ratios.max(0), strict=True)
+            text = ", ".join(f"{case} {median:.2f} ({low:.2f} to {high:.2f})" for case, median, low, high in told)
+            print(
+                f"{name}, {count} x {inputs} inputs, forward {np.median(seconds[:, 0]):.2f} s; times over it: {text}",
+                flush=True,
+            )
 
 
 def memory(case: str = "") -> None:
@@ -92,7 +93,7 @@ def memory(case: str = "") -> None:
 
     if kind == "forward":
         for batch in batches():
-            forward(model, batch)
+            run(kind, model, [batch])
     else:
         sv.probe(model, batches())
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -146,12 +146,12 @@ class Moments:
         means, squares, largest = _along_last(y)
         chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
         chunk._inputs, chunk._mean, chunk._largest = inputs, means.mean(0), largest.amax(0)
-        squares = squares.sum(0) / positions
-        chunk._between = squares if positions == 1 else (means - chunk._mean).square_().sum(0)
-        chunk._within = squares if positions == 1 else squares + chunk._between
+        within = squares.sum(0) / positions
+        chunk._between = within if positions == 1 else (means - chunk._mean).square_().sum(0)
+        chunk._within = within if positions == 1 else within + chunk._between
         if not torch.isfinite(chunk._within + chunk._mean.square()).all():
-            largest = float(_check.floating("y", y).abs().max())  # NaN or infinity has its own message
-            raise _check.NotFiniteError(f"y must have squares that float64 can hold, got entries up to {largest:.3g}")
+            peak = float(_check.floating("y", y).abs().max())  # NaN or infinity has its own message
+            raise _check.NotFiniteError(f"y must have squares that float64 can hold, got entries up to {peak:.3g}")
         return self.merge(chunk)
 
     def merge(self, other: Moments) -> Moments:

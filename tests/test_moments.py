@@ -30,6 +30,7 @@ def test_equals_arithmetic_by_hand(positions: int) -> None:
     np.testing.assert_allclose(found.squared_mean, m2, rtol=1e-12)
     np.testing.assert_allclose(found.variance, v2, rtol=1e-12)
     np.testing.assert_allclose(found.sigma2, (y**2).mean(), rtol=1e-14)
+    np.testing.assert_array_equal(found.largest, y.max((0, 2)))
     np.testing.assert_allclose(found.ratio, np.sqrt(max(m2.mean(), 0) / v2.mean()), rtol=1e-12)
 
 
@@ -70,6 +71,7 @@ def test_any_chunks_give_the_same(cuts: list[int], offset: float, positions: int
         parts = parts.merge(Moments(0, 1, (2,)).update(chunk)) if merged else parts.update(chunk)
     found = parts.result()
     assert found.inputs == 50
+    np.testing.assert_array_equal(found.largest, whole.largest)
     np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-14, atol=1e-14)
     np.testing.assert_allclose(found.variance, whole.variance, rtol=1e-12 + 1e-15 * abs(offset))
 
@@ -79,6 +81,18 @@ def test_keeps_accuracy_beside_a_large_mean() -> None:
     np.testing.assert_allclose(decompose(y + 2.0**40).variance, decompose(y).variance, rtol=1e-3)
     mean_of_squares = ((y + 2.0**40) ** 2).mean(0) - (y + 2.0**40).mean(0) ** 2
     assert not np.allclose(mean_of_squares, y.var(0), rtol=0.5)  # the formula that this guards against
+
+
+def test_blocks_give_the_same_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.from_numpy(GENERATOR.normal(3.0, 1.0, (7, 5, 6, 4)))
+    whole = decompose(y, 0, 1, (2, 3))
+    monkeypatch.setattr("svlib.moments._ENTRIES", {False: 50, True: 50})
+    for layout in (y, y.contiguous(memory_format=torch.channels_last)):
+        found = decompose(layout, 0, 1, (2, 3))
+        for name in ("mean", "squared_mean", "variance", "largest"):
+            np.testing.assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-12)
+    flat = y.reshape(-1, 4)
+    np.testing.assert_allclose(decompose(flat).variance, flat.var(0), rtol=1e-12)
 
 
 def test_tensors_arrays_and_dimensions_agree() -> None:
