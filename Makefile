@@ -22,7 +22,7 @@ install: $(INSTALLED)  ## make .venv with the pinned versions
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	python -m pip install --quiet --constraint constraints.txt --editable '.[book,test,cluster]'
+	python -m pip install --quiet --constraint constraints.txt --editable '.[book,test,cluster,models]'
 	touch $@
 
 book: $(INSTALLED)  ## build the site

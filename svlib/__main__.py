@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import importlib
+import io
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import torch
 import xarray as xr
+from tqdm import tqdm
 
-from svlib import data, simulation, sweep, training
-from svlib._record import write_whole
+from svlib import data, probing, report, simulation, sweep, training
+from svlib import init as repair
+from svlib._record import provenance, write_whole
+from svlib.explanation import explain
 
 _ENSEMBLE = [
     click.option("--depth", type=int, default=49, show_default=True, help="Weight matrices after layer 0."),
@@ -32,6 +44,21 @@ _RUN = [
     click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
     click.option("--store", type=click.Path(path_type=Path), help="Folder of finished points.  [default: OUTPUT.store]"),
     click.option("--resume", is_flag=True, help="Go on with the finished points of the store."),
+]
+
+
+_MODEL = [
+    click.argument("model", metavar="MODEL"),
+    click.option(
+        "--input", "given", required=True, help="Shape of one input, for Gaussian noise (3,32,32); digits; or FILE.npy."
+    ),
+    click.option(
+        "--samples", type=click.IntRange(2), default=256, show_default=True, help="Inputs, at most those of the file."
+    ),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the weights and of the noise."),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="State dictionary of the model."),
+    click.option("--eval", "evaluating", is_flag=True, help="Evaluation mode.  [default: the mode MODEL comes in]"),
 ]
 
 
@@ -141,6 +168,119 @@ def train(
         _write(training.collect(records), output)
     except ValueError as error:  # of two versions of the library, for example
         raise click.ClickException(f"{error}; they are in {store}") from None
+
+
+@main.command()
+@_with(_MODEL)
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Inputs at a time.")
+@click.option("--layer", "layers", multiple=True, help="Name of an output, * a wildcard, repeatable; or all.")
+@click.option("--positions", type=click.Choice(probing.POSITIONS), default="samples", show_default=True)
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Report to write.")
+def probe(batch: int, layers: tuple[str, ...], positions: str, page: Path | None, **options: Any) -> None:
+    """Measure a model layer by layer, and say what theory expects and what is wrong.
+
+    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one without arguments.
+    """
+    started = time.perf_counter()
+    with _one_line():
+        model, inputs = _model(**options)
+        batches = tqdm(torch.split(inputs, batch), desc="probe", unit="batch", disable=None)
+        chosen = "all" if layers == ("all",) else list(layers) or None
+        explanation = explain(probing.probe(model, batches, layers=chosen, positions=positions))
+        click.echo(explanation.layers().to_string(index=False, float_format="{:.3g}".format, na_rep=""))
+        click.echo(f"\n{explanation}")
+        if page is not None:
+            made: dict[str, object] = {
+                "command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]]),
+                "inputs": tuple(inputs.shape),
+            }
+            made |= provenance(torch.device(options["device"]), started)
+            write_whole(page, report.page(explanation, title=options["model"], provenance=made).encode())
+            click.echo(f"{page}: written")
+
+
+@main.command()
+@_with(_MODEL)
+@click.option("--method", type=click.Choice(["total", "sample"]), default="sample", show_default=True)
+@click.option("--gradients", is_flag=True, help="Measure squared gradients before and after, too.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="State dictionary to write.")
+def init(method: str, gradients: bool, output: Path, **options: Any) -> None:
+    """Initialize a model from data, and write its weights: total init or sample init.
+
+    MODEL as in probe. Load the weights with torch.load(OUTPUT, weights_only=True).
+    """
+    with _one_line():
+        if output.exists():
+            raise ValueError(f"output must not exist, got {output}")
+        model, inputs = _model(**options)
+        initializer = {"total": repair.total_, "sample": repair.sample_}[method]
+        table = initializer(model, inputs, gradients=gradients)
+        click.echo(table.to_string(index=False, float_format="{:.3g}".format))
+        content = io.BytesIO()
+        torch.save(model.state_dict(), content)
+        write_whole(output, content.getvalue())
+        click.echo(f"{output}: written")
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What goes wrong, in a model of the user's too, becomes one line, and so does a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+            yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        raise click.ClickException(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _model(
+    model: str, given: str, samples: int, seed: int, device: str, checkpoint: Path | None, evaluating: bool
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The model, on its device, and its inputs."""
+    torch.manual_seed(seed)  # for the weights: this process is the command's own
+    where, _, name = model.partition(":")
+    if not name:
+        raise ValueError(f"MODEL must be package.module:NAME or file.py:NAME, got {model!r}")
+    found = getattr(_module(where), name)
+    net = found if isinstance(found, torch.nn.Module) else found()
+    if not isinstance(net, torch.nn.Module):
+        raise TypeError(f"MODEL must be a torch.nn.Module or make one, got {type(net).__name__}")
+    if checkpoint is not None:
+        net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    if evaluating:
+        net.eval()
+    return net.to(device), _inputs(given, samples, seed)
+
+
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    spec = spec_from_file_location(Path(where).stem, where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    sys.path.insert(0, str(Path(where).resolve().parent))  # as if it were run
+    spec.loader.exec_module(module)
+    return module
+
+
+def _inputs(given: str, samples: int, seed: int) -> torch.Tensor:
+    if given == "digits":
+        return data.digits().images[:samples]
+    if given.endswith(".npy"):
+        array = np.load(given, allow_pickle=False)
+        if array.ndim < 1 or array.dtype.kind not in "iuf":
+            raise ValueError(f"--input must hold numbers, inputs along the first dimension, got {array.dtype} {array.shape}")
+        return torch.from_numpy(array[:samples])
+    try:
+        shape = [int(size) for size in given.split(",")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise ValueError(f"--input must be sizes like 3,32,32, digits or a file FILE.npy, got {given!r}")
+    return data.gaussian(samples, *shape, seed=seed)
 
 
 def _run(

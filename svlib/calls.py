@@ -1,6 +1,6 @@
 """The torch functions that a forward pass calls, and whose outputs each takes: what hooks on modules do not see.
 
-A record of calls is structure alone (which function, on what, and sizes of its constants); :mod:`svlib.explain` reads it.
+A record of calls is structure alone (which function, on what, and sizes of its constants); :mod:`svlib.explanation` reads it.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class Split(NamedTuple):
     source: str
 
 
-def gaussian(samples: int, features: int, *, seed: int) -> torch.Tensor:
-    """White noise, the paper's inputs: (samples, features), float32.
+def gaussian(samples: int, *features: int, seed: int) -> torch.Tensor:
+    """White noise, the paper's inputs: (samples, *features), float32.
 
     Raises:
         TypeError: If a size is not an integer.
@@ -53,8 +53,10 @@ def gaussian(samples: int, features: int, *, seed: int) -> torch.Tensor:
     Examples:
         >>> gaussian(3, 4, seed=0).shape
         torch.Size([3, 4])
+        >>> gaussian(3, 1, 8, 8, seed=0).shape
+        torch.Size([3, 1, 8, 8])
     """
-    shape = _check.integer("samples", samples), _check.integer("features", features)
+    shape = [_check.integer("samples", samples), *(_check.integer("features", size) for size in features)]
     return torch.randn(shape, generator=stream(seed, "data"))
 
 

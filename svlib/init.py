@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from svlib.calls import Call, tensors
-from svlib.explain import GRADIENTS, gradient_growth
+from svlib.explanation import GRADIENTS, gradient_growth
 from svlib.moments import Decomposition, decompose
 from svlib.probing import (
     Batch,
@@ -111,7 +111,7 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
 
     Warns:
         UserWarning: If the growth of squared gradients through the ReLU layers on the shortest way from input to output
-            exceeds ``svlib.explain.GRADIENTS``.
+            exceeds ``svlib.explanation.GRADIENTS``.
 
     Examples:
         >>> import svlib as sv
@@ -126,10 +126,10 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
 
     table, calls = _initialize(model, batches, parts, gradients)
     if (growth := gradient_growth(calls)) > GRADIENTS:
-        where = "squared gradients at its first layer to be some"
+        grown = f"squared gradients grow some {growth:.0e} times from the model's output to its first layer"
         warnings.warn(
-            f"sample init lets {where} {growth:.0e} times those at its output (1.467 per ReLU layer, as with BatchNorm): "
-            "expect to need small learning rates, residual connections or total init",
+            f"with sample init {grown} (1.467 per ReLU layer, as with BatchNorm): expect to need small learning rates, "
+            "residual connections or total init",
             stacklevel=2,
         )
     return table

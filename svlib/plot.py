@@ -22,18 +22,20 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
+STYLE: Any = {
+    "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "text.color": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "legend.labelcolor": GREY, "legend.frameon": False,
+    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "font.size": 12,
+    "axes.titlesize": 12, "lines.linewidth": 1.8, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True,
+    "axes.prop_cycle": cycler(color=COLORS), "svg.hashsalt": "svlib",
+}  # fmt: skip
+"""Matplotlib's rcParams for pictures that are transparent, grey and reproducible as SVG."""
+
+
 def use_book_style() -> None:
-    """Set matplotlib's defaults for the book: transparent, grey, reproducible SVG. Changes global rcParams."""
-    mpl.rcParams.update(
-        {
-            "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "text.color": GREY,
-            "xtick.color": GREY, "ytick.color": GREY, "legend.labelcolor": GREY, "legend.frameon": False,
-            "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-            "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "font.size": 12,
-            "axes.titlesize": 12, "lines.linewidth": 1.8, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True,
-            "axes.prop_cycle": cycler(color=COLORS), "svg.hashsalt": "svlib",
-        }
-    )  # fmt: skip
+    """Make :data:`STYLE` and SVG the defaults, as in the book. Changes global rcParams."""
+    mpl.rcParams.update(STYLE)
     try:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
     except ImportError:
@@ -84,7 +86,7 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
     Args:
         table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the table of
             :func:`svlib.probe`, a record averaged over networks. A negative m2 is drawn as 0.
-        theory: Another such, drawn beneath as broad pale lines; those of an :class:`svlib.explain.Explanation` are broken
+        theory: Another such, drawn beneath as broad pale lines; those of an :class:`svlib.Explanation` are broken
             where theory starts anew from the measured values.
         axes: Where to draw.
     """

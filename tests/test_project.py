@@ -28,15 +28,16 @@ ROOMS = {  # module: what it may import of svlib, beside the private helpers
     "simulation": {"moments"},
     "angles": set(),
     "sweep": set(),
-    "__main__": {"data", "simulation", "sweep", "training"},
+    "__main__": {"data", "explanation", "init", "probing", "report", "simulation", "sweep", "training"},
     "calls": set(),
     "probing": {"calls", "moments"},
-    "explain": {"calls", "theory"},
-    "init": {"calls", "explain", "moments", "probing"},
+    "explanation": {"calls", "theory"},
+    "init": {"calls", "explanation", "moments", "probing"},
     "networks": set(),
     "data": set(),
     "training": {"data", "init", "networks", "probing"},
     "plot": set(),
+    "report": {"explanation", "plot"},
 }
 
 
@@ -74,7 +75,7 @@ def pins() -> dict[str, str]:
 def test_versions_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"book", "test", "cluster"}
+    assert set(extras) == {"book", "test", "cluster", "models"}
     named = [*project["dependencies"], *(text for texts in extras.values() for text in texts)]
     assert [text for text in named if requirement(text) not in pins()] == []
     for text in named:

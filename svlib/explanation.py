@@ -82,18 +82,23 @@ class Explanation:
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings))
 
+    def layers(self) -> pd.DataFrame:
+        """What the table and the theory say of each layer, in the columns that matter."""
+        shown = self.table[["name", "type", "m2", "v2", "sigma2", "v2_fraction", "ratio", "dead"]]
+        shown = shown.assign(theory=self.theory.v2_fraction)
+        return shown.rename(columns={"theory": "v2_fraction, theory"})
+
     def _repr_html_(self) -> str:
-        columns = ["name", "type", "m2", "v2", "v2_fraction", "ratio", "dead"]
-        shown = self.table[columns].assign(theory=self.theory.v2_fraction)
-        shown = shown.rename(columns={"theory": "v2_fraction, theory"})
-        items = (f"<b>{html.escape(f.kind)}</b>: {html.escape(f.text)} <i>{html.escape(f.advice)}</i>" for f in self.findings)
-        return shown.to_html(index=False, float_format="{:.3g}".format) + "<ul><li>" + "</li><li>".join(items) + "</li></ul>"
+        escaped = ([html.escape(part) for part in finding] for finding in self.findings)
+        items = "".join(f"<li><b>{kind}</b>: {text} <i>{advice}</i></li>" for kind, text, advice in escaped)
+        table = self.layers().to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="")
+        return f'<ul>{items}</ul>\n<div style="overflow-x: auto">{table}</div>'
 
 
 def explain(table: pd.DataFrame) -> Explanation:
     """Say what theory expects of a probed network and what the measurement shows, with the numbers in it.
 
-    Thresholds are the constants of :mod:`svlib.explain`.
+    Thresholds are the constants of :mod:`svlib.explanation`.
 
     Args:
         table: A table of :func:`svlib.probe`, whole: its ``attrs`` hold what theory follows. Without them (read from a

@@ -10,7 +10,7 @@ from torch import nn
 
 import svlib as sv
 from svlib.calls import Call
-from svlib.explain import Signal, follow, gradient_growth
+from svlib.explanation import Signal, follow, gradient_growth
 from tests import models
 from tests.models import gaussian
 
@@ -137,7 +137,7 @@ def test_diagnoses_of_a_deep_network() -> None:
     assert "at the first layer" in kinds(deep, x * 0.01 + 1)["collapse"]
     sv.init.total_(deep, x)
     assert "collapse" in kinds(deep, x)  # which total init cannot help
-    with pytest.warns(UserWarning, match="squared gradients"):
+    with pytest.warns(UserWarning, match="squared gradients grow some"):
         sv.init.sample_(deep, x)
     repaired = kinds(deep, x)
     assert {"sound", "gradients"} <= repaired.keys()
