@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from svlib import data, probing, report, simulation, sweep, training
+from svlib import _check, data, probing, report, simulation, sweep, training
 from svlib import init as repair
 from svlib._record import provenance, write_whole
 from svlib.explanation import explain
@@ -190,10 +190,8 @@ def probe(batch: int, layers: tuple[str, ...], positions: str, page: Path | None
         click.echo(explanation.layers().to_string(index=False, float_format="{:.3g}".format, na_rep=""))
         click.echo(f"\n{explanation}")
         if page is not None:
-            made: dict[str, object] = {
-                "command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]]),
-                "inputs": tuple(inputs.shape),
-            }
+            made: dict[str, object] = {"command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])}
+            made |= {"inputs": tuple(inputs.shape), "mode": "training" if model.training else "evaluation"}
             made |= provenance(torch.device(options["device"]), started)
             write_whole(page, report.page(explanation, title=options["model"], provenance=made).encode())
             click.echo(f"{page}: written")
@@ -227,6 +225,7 @@ def _one_line() -> Iterator[None]:
     """What goes wrong, in a model of the user's too, becomes one line, and so does a warning."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default")
             warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
             yield
     except click.ClickException:
@@ -244,14 +243,14 @@ def _model(
     if not name:
         raise ValueError(f"MODEL must be package.module:NAME or file.py:NAME, got {model!r}")
     found = getattr(_module(where), name)
-    net = found if isinstance(found, torch.nn.Module) else found()
+    net = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
     if not isinstance(net, torch.nn.Module):
         raise TypeError(f"MODEL must be a torch.nn.Module or make one, got {type(net).__name__}")
     if checkpoint is not None:
         net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     if evaluating:
         net.eval()
-    return net.to(device), _inputs(given, samples, seed)
+    return net.to(_check.device(device)), _inputs(given, samples, seed)
 
 
 def _module(where: str) -> Any:

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#808080"
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_LINEAR = 30  # factor of sigma up to which a linear scale shows it
+_TOTAL = r"$\sigma$, total"
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -81,7 +83,7 @@ def ratio(record: xr.Dataset, *, index: int = 0, label: str = "", axes: Axes | N
 
 
 def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -> Axes:
-    """m, v and sigma by layer.
+    """m, v and sigma by layer; on a logarithmic scale, down to 1/30 of the smallest sigma, where sigma changes 30 times.
 
     Args:
         table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the table of
@@ -100,13 +102,16 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
     for index, (label, square) in enumerate(_decomposed(table).items()):
         axes.plot(np.sqrt(square), label=label, markevery=max(1, len(square) // 10), **look(index))
     axes.set(xlabel="layer", ylabel="preactivation", ylim=(0, None))
+    sigma = np.sqrt(_decomposed(table)[_TOTAL])
+    if sigma.max() > _LINEAR * sigma.min() > 0:
+        axes.set(yscale="log", ylim=(sigma.min() / _LINEAR, None))
     axes.legend()
     return axes
 
 
 def _decomposed(table: Any) -> dict[str, np.ndarray]:
     m2, v2 = (np.asarray(getattr(table, name), dtype=float) for name in ("m2", "v2"))
-    return {"$m$, mean": np.maximum(m2, 0), "$v$, deviation": v2, r"$\sigma$, total": m2 + v2}
+    return {"$m$, mean": np.maximum(m2, 0), "$v$, deviation": v2, _TOTAL: m2 + v2}
 
 
 def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndarray:

@@ -1,0 +1,144 @@
+"""``python -m svlib probe`` and ``init``: what they write, and one line for everything that goes wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import svlib as sv
+from svlib.__main__ import main
+
+CODE = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+import sibling
+
+@dataclass
+class Sizes:
+    width: int = 12
+
+def make_model():
+    return nn.Sequential(nn.Conv2d(1, Sizes.width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(Sizes.width * 256, 4))
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.scores = nn.Embedding(9, 8), nn.Linear(8, 9)
+    def forward(self, ids):
+        return self.scores(self.embedding(ids).relu())
+
+instance = nn.Linear(6, 3)
+number = 3
+def fails():
+    raise KeyError("of the user's")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models_of_mine.py").write_text(CODE)
+    (tmp_path / "sibling.py").write_text("")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 9, (20, 5)))
+    np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def run(*words: str) -> Result:
+    with torch.random.fork_rng([]):
+        return CliRunner().invoke(main, words)
+
+
+def test_probe_shows_the_table_and_the_diagnosis_and_writes_a_page() -> None:
+    done = run("probe", "models_of_mine.py:make_model", "--input", "digits", "--samples", "100", "--html", "page.html")
+    assert done.exit_code == 0, done.output
+    assert "Conv2d" in done.output
+    assert "theory: follows no row; it stops at flatten of positions (1)" in done.output
+    page = Path("page.html").read_text(encoding="utf-8")
+    for part in ("<svg", "<b>theory</b>: follows no row", "<td>Conv2d</td>", str(torch.__version__), "(100, 1, 16, 16)"):
+        assert part in page
+    assert not [word for word in ("<script", "<link", "src=", "url(http", "@import") if word in page]  # it needs nothing else
+
+
+def test_probe_equals_the_function() -> None:
+    shown = run("probe", "models_of_mine:instance", "--input", "6", "--samples", "50", "--seed", "3", "--batch", "20").output
+    import models_of_mine  # type: ignore[import-not-found]
+
+    table = sv.probe(models_of_mine.instance, sv.data.gaussian(50, 6, seed=3))
+    assert f"{table.v2[0]:.3g}" in shown
+    everything = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "all", "--eval", "--positions", "units")
+    assert "embedding/embedding" in everything.output or "Embedding" in everything.output
+    assert "relu" in everything.output
+    some = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "sc*").output
+    assert "scores" in some
+    assert "relu" not in some
+
+
+@pytest.mark.parametrize("method", ["total", "sample"])
+def test_init_writes_weights_that_probe_can_load(method: str) -> None:
+    model = ("models_of_mine.py:make_model", "--input", "digits")
+    done = run("init", *model, "--method", method, "--gradients", "--output", "weights.pt")
+    assert done.exit_code == 0, done.output
+    assert "gradient2_after" in done.output
+    state = torch.load("weights.pt", weights_only=True)
+    made = __import__("models_of_mine").make_model()
+    made.load_state_dict(state)
+    table = sv.probe(made, sv.data.digits().images[:256])
+    np.testing.assert_allclose(table.sigma2 if method == "total" else table.v2, 1, rtol=1e-3)
+    loaded = run("probe", *model, "--checkpoint", "weights.pt")
+    assert f"{table.v2[0]:.3g}" in loaded.output
+    again = run("init", *model, "--output", "weights.pt")
+    assert again.exit_code == 1
+    assert "output must not exist, got weights.pt" in again.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere:make", "--input", "3"], "ModuleNotFoundError: No module named 'nowhere'"),
+        (["nowhere.py:make", "--input", "3"], "FileNotFoundError: [Errno 2] No such file or directory"),
+        (["models_of_mine", "--input", "3"], "MODEL must be package.module:NAME or file.py:NAME, got 'models_of_mine'"),
+        (["models_of_mine:nothing", "--input", "3"], "has no attribute 'nothing'"),
+        (["models_of_mine:number", "--input", "3"], "MODEL must be a torch.nn.Module or make one, got int"),
+        (["models_of_mine:dataclass", "--input", "3"], "MODEL must be a torch.nn.Module or make one, got function"),
+        (["models_of_mine:fails", "--input", "3"], 'KeyError: "of the user\'s"'),
+        (
+            ["models_of_mine:instance", "--input", "3,x"],
+            "--input must be sizes like 3,32,32, digits or a file FILE.npy, got '3,x'",
+        ),
+        (["models_of_mine:instance", "--input", "0"], "--input must be sizes like 3,32,32"),
+        (["models_of_mine:instance", "--input", "no.npy"], "No such file or directory: 'no.npy'"),
+        (["models_of_mine:instance", "--input", "objects.npy"], "Object arrays cannot be loaded when allow_pickle=False"),
+        (["models_of_mine:instance", "--input", "words.npy"], "--input must hold numbers, inputs along the first dimension"),
+        (["models_of_mine:instance", "--input", "5"], "mat1 and mat2 shapes cannot be multiplied"),
+        (["models_of_mine:instance", "--input", "6", "--samples", "1"], "1 is not in the range x>=2"),
+        (["models_of_mine:instance", "--input", "6", "--seed", "-1"], "-1 is not in the range x>=0"),
+        (["models_of_mine:instance", "--input", "6", "--device", "abacus"], "device must be one of ['cpu'"),
+        (["models_of_mine:instance", "--input", "6", "--checkpoint", "objects.npy"], "UnpicklingError"),
+        (["models_of_mine:instance", "--input", "6", "--checkpoint", "no.pt"], "Path 'no.pt' does not exist"),
+        (["models_of_mine:instance", "--input", "6", "--batch", "0"], "0 is not in the range x>=1"),
+        (["models_of_mine:instance", "--input", "6", "--layer", "x"], "model must call what layers names, got none called"),
+        (["models_of_mine:instance", "--input", "6", "--positions", "x"], "'x' is not one of 'samples', 'units'"),
+        (["models_of_mine:instance", "--input", "6", "--html", "no/page.html"], "No such file or directory"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value),
+)
+def test_one_line_for_bad_input(words: list[str], message: str) -> None:
+    done = run("probe", *words)
+    assert done.exit_code != 0
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert done.output.splitlines()[-1].startswith("Error: ")
+
+
+def test_a_warning_is_one_line() -> None:
+    Path("deep.py").write_text(
+        "from torch import nn\nmodel = nn.Sequential(*[x for _ in range(20) for x in (nn.Linear(40, 40), nn.ReLU())])"
+    )
+    done = run("init", "deep.py:model", "--input", "40", "--output", "deep.pt")
+    assert done.exit_code == 0, done.output
+    assert [line for line in done.output.splitlines() if line.startswith("Warning: with sample init squared gradients grow")]
