@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from svlib import _check
 from svlib.calls import Call, tensors
 from svlib.explanation import GRADIENTS, gradient_growth
 from svlib.moments import Decomposition, decompose
@@ -71,9 +72,9 @@ def total_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Dat
 
     Raises:
         TypeError: If ``model`` is not a module or ``batches`` is not as :func:`svlib.probe` takes it.
-        ValueError: If a layer's output is 0, it is not called though not frozen, or computes its weight from other
-            parameters; if a module holds weights that are beyond this (attention, recurrent and bilinear layers of torch)
-            and not frozen; or if there are fewer than two inputs. The model is then as it was.
+        ValueError: If a layer's output is 0 or merges inputs with their positions, or a layer is not called though not frozen,
+            or computes its weight from other parameters; if a module holds weights that are beyond this (attention, recurrent
+            and bilinear layers of torch) and not frozen; or if there are fewer than two inputs. The model is then as it was.
 
     Examples:
         >>> import svlib as sv
@@ -137,6 +138,7 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
 
 def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -> tuple[pd.DataFrame, list[Call]]:
     """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``. The table and the calls."""
+    _check.choice("gradients", gradients, (True, False))
     layers = weighted_layers(model)
     left = _left(model, layers)
     with torch.random.fork_rng([]):  # a shuffled loader draws its order

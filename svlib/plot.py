@@ -91,7 +91,16 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
         theory: Another such, drawn beneath as broad pale lines; those of an :class:`svlib.Explanation` are broken
             where theory starts anew from the measured values.
         axes: Where to draw.
+
+    Raises:
+        TypeError: If ``table`` or ``theory`` has no m2 and v2.
+        ValueError: If their lengths differ.
     """
+    for name, value in {"table": table, "theory": table if theory is None else theory}.items():
+        if not (hasattr(value, "m2") and hasattr(value, "v2")):
+            raise TypeError(f"{name} must have m2 and v2 by layer, got {type(value).__name__}")
+        if len(value.m2) != len(table.m2):
+            raise ValueError(f"theory must have the {len(table.m2)} layers of table, got {len(value.m2)}")
     axes = _axes(axes)
     if theory is not None:
         starts = np.asarray(getattr(theory, "start", [""] * len(theory.m2))) != ""

@@ -18,6 +18,7 @@ Without positions the two agree.
 from __future__ import annotations
 
 import inspect
+import random
 import sys
 import warnings
 from collections import Counter
@@ -27,6 +28,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -51,6 +53,10 @@ class Batch(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: int
+
+
+class MergedInputsError(ValueError):
+    """An output does not keep the inputs apart along its first dimension."""
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -82,16 +88,15 @@ def dimensions(
     ``unit`` is that of an earlier output of this shape: what neither sets its own axes nor changes the shape keeps them.
 
     Raises:
-        ValueError: If the output does not have the ``inputs`` of the batch along its first dimension, or if a
-            convolution's output has none.
+        MergedInputsError: If the output does not have the ``inputs`` of the batch along its first dimension.
+        ValueError: If a convolution's output has no dimension for them.
     """
     shape = tuple(y.shape)
     if isinstance(layer, _ConvNd) and y.ndim != layer.weight.ndim:
         raise ValueError(f"layer {name!r} must see a batch (inputs, channels, positions...), its output has shape {shape}")
     if y.ndim < 1 or len(y) != inputs:
-        apart = f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}"
-        raise ValueError(f"{apart}; probe(..., layers=[...]) can leave it out")
-    pooled = "pool" in (name if layer is None else type(layer).__name__).lower()
+        raise MergedInputsError(f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}")
+    pooled = "pool" in (name.split("/")[-1] if layer is None else type(layer).__name__).lower()
     if pooled or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
         unit = min(1, y.ndim - 1)
     elif isinstance(layer, nn.Linear | nn.LayerNorm) or unit is None:
@@ -104,10 +109,10 @@ def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
 
     Raises:
         TypeError: If ``batches`` is something else, or of another floating type than the model's first parameter.
-        ValueError: If a batch has no dimension, tensors of different lengths, or is not finite.
+        ValueError: If a tensor has no dimension, or the first is not finite.
     """
     device, dtype = _place(model)
-    if isinstance(batches, torch.Tensor | dict):
+    if isinstance(batches, torch.Tensor | Mapping):
         batches = (batches,)
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
         raise TypeError(f"batches must be a tensor or an iterable of tensors, tuples or dicts, got {type(batches).__name__}")
@@ -122,10 +127,9 @@ def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
         for x in found:
             if x.ndim == 0:
                 raise ValueError("batches must have the inputs along their first dimension, got a tensor without dimensions")
-            if x.is_floating_point():
-                if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(device.type):
-                    raise TypeError(f"batches must be of the model's {dtype}, got {x.dtype}")
-                _check.floating("batches", x)
+            if x.is_floating_point() and dtype not in (None, x.dtype) and not torch.is_autocast_enabled(device.type):
+                raise TypeError(f"batches must be of the model's {dtype}, got {x.dtype}")
+        _check.floating("batches", found[0])  # masks may hold infinities
         args, kwargs = mapped(lambda x: x.to(device), (args, kwargs))
         yield Batch(args, kwargs, len(found[0]))
 
@@ -161,20 +165,23 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model without gradients and uncompiled; afterwards, also after an error, its buffers (BatchNorm's running
-    statistics) and the generators of random numbers (dropout's, a data loader's) are as before."""
+    statistics) and the generators of random numbers (torch's, NumPy's and Python's own) are as before."""
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    device, _ = _place(model)
+    devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
     # hooks inside a compiled model do not run
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), eager:
+        with torch.random.fork_rng(devices), torch.no_grad(), eager:
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
         for module, name, buffer, before in buffers:
             module._buffers[name] = buffer  # a forward pass may have put another tensor in its place
             if not torch.equal(buffer, before):
@@ -234,19 +241,30 @@ class _Table:
         self._recorder: Recorder | None = None
         self._inputs = 0
         self._units: dict[tuple[int, ...], int] = {}  # dimension of units by shape, of the last output
+        self._left_out: dict[str, ValueError] = {}
 
     def _record(self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor) -> None:
         self._counts[name] += 1
         row = row_name(name, self._counts[name])
-        if self._recorder is not None:
-            self._recorder.name_row(y, row)
         with torch._C.DisableTorchFunction():  # what follows is not the model's doing
-            dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
-            self._units[y.shape] = dims[1]
+            try:
+                dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
+            except MergedInputsError as error:
+                self._left_out[row] = error
+            if row in self._left_out:
+                return
             try:
                 self._rows.setdefault(row, _Row(kind, y, dims, self._positions)).update(y)
             except ValueError as error:
-                raise type(error)(f"layer {row!r}: {error}") from None
+                named = type(error)(f"layer {row!r}: {error}")
+                if module is not None or not isinstance(error, _check.NotFiniteError):
+                    raise named from None
+                del self._rows[row]  # scores of attention under a mask, for example
+                self._left_out[row] = named
+                return
+            self._units[y.shape] = dims[1]
+            if self._recorder is not None:
+                self._recorder.name_row(y, row)
         if self._hooked is self._modules:
             self._last = y
 
@@ -278,7 +296,10 @@ class _Table:
         if not self._has_row(y) or self._inputs < 2:
             return None
         row = _Row("", y, dimensions("", None, y, self._inputs), self._positions)
-        row.update(y)
+        try:
+            row.update(y)
+        except _check.NotFiniteError:  # a mask
+            return None
         found = row.moments.result()
         return {"m2": float(found.m2), "sigma2": float(found.sigma2), "mean2": float(found.mean.mean()) ** 2}
 
@@ -314,16 +335,26 @@ class _Table:
         """
         if not self._inputs:
             raise ValueError("batches must hold at least 2 inputs, got none")
+        if not self._rows and self._left_out:
+            raise next(iter(self._left_out.values()))
         if not self._rows:
             asked = "a weighted layer" if self._hooked is not self._modules else "what layers names"
             raise ValueError(f"model must call {asked}, got none called")
-        if self._hooked is not self._modules and (missed := [name for name in self._hooked if name not in self._rows]):
-            message = f"{len(missed)} of {len(self._hooked)} weighted layers have no row, for they were not called as modules"
-            warnings.warn(f"{message}: {', '.join(missed[:5])}{', ...' if missed[5:] else ''}", stacklevel=3)
+        if self._hooked is not self._modules:
+            seen = {*self._rows, *self._left_out}
+            self._warn([name for name in self._hooked if name not in seen], "were not called as modules")
+        merged = [name for name, error in self._left_out.items() if isinstance(error, MergedInputsError)]
+        self._warn(merged, f"merge the {self._inputs} inputs of a batch with their positions")
+        self._warn([name for name in self._left_out if name not in merged], "are not finite")
         table = pd.DataFrame([{"name": name, **row.values()} for name, row in self._rows.items()])
         table["v2_to_previous"] = table.v2 / table.v2.shift()
         table.attrs = {"calls": self._calls, "positions": self._positions}
         return table
+
+    def _warn(self, names: list[str], reason: str) -> None:
+        if names:
+            some = f"{', '.join(names[:5])}{', ...' if names[5:] else ''}"
+            warnings.warn(f"{len(names)} outputs have no row, for they {reason}: {some}", stacklevel=4)
 
 
 def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
@@ -377,11 +408,12 @@ def probe(model: nn.Module, batches: Any, *, layers: Layers = None, positions: s
     Raises:
         TypeError: If ``model`` is not a module, ``batches`` holds no tensors or of another floating type, or ``layers`` is
             not as above.
-        ValueError: If there are fewer than two inputs, nothing that is asked for is called, an output is not finite or a
-            weighted layer does not keep the inputs apart along its first dimension (the layer is named).
+        ValueError: If there are fewer than two inputs, nothing that is asked for is called, an output is not finite (the layer
+            is named) or none keeps the inputs apart along its first dimension.
 
     Warns:
-        UserWarning: If a weighted layer is not called as a module, so that it has no row.
+        UserWarning: If weighted layers have no row, for they are not called as modules, or merge inputs with their positions
+            (the windows of a Swin transformer), or if a function's output has none, for it is not finite (masked scores).
 
     Examples:
         >>> import torch

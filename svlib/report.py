@@ -55,6 +55,9 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         title: Heading.
         provenance: What else to say of the run: names and values, in this order.
 
+    Raises:
+        TypeError: If ``explanation`` is not an :class:`svlib.Explanation` or ``provenance`` no mapping.
+
     Examples:
         >>> import svlib as sv
         >>> table = sv.probe(sv.networks.mlp(8, width=16, depth=4, outputs=2, seed=0), sv.data.gaussian(50, 8, seed=1))
@@ -62,6 +65,10 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         >>> "<svg" in text, "<dt>inputs</dt><dd>50</dd>" in text
         (True, True)
     """
+    if not isinstance(explanation, reading.Explanation):
+        raise TypeError(f"explanation must be an Explanation of svlib.explain, got {type(explanation).__name__}")
+    if not isinstance(provenance, Mapping):
+        raise TypeError(f"provenance must be a mapping of names to values, got {type(provenance).__name__}")
     with mpl.rc_context(plot.STYLE):
         figure, axes = plt.subplots()
         plot.decomposition(explanation.table, theory=explanation.theory, axes=axes)

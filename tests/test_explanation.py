@@ -190,6 +190,17 @@ def test_a_table_without_calls_and_bad_ones() -> None:
         sv.explain(table.iloc[:0])
 
 
+def test_report_refuses_what_is_no_explanation() -> None:
+    with pytest.raises(TypeError, match=r"explanation must be an Explanation of svlib\.explain, got str"):
+        sv.report.page("text", title="x", provenance={})  # type: ignore[arg-type]
+    explanation = sv.explain(sv.probe(nn.Linear(4, 3), gaussian(10, 4)))
+    with pytest.raises(TypeError, match="provenance must be a mapping of names to values, got list"):
+        sv.report.page(explanation, title="x", provenance=[])  # type: ignore[arg-type]
+    page = sv.report.page(explanation, title="<b>", provenance={"<i>": "&"})
+    assert "<h1>&lt;b&gt;</h1>" in page
+    assert "<dt>&lt;i&gt;</dt><dd>&amp;</dd>" in page
+
+
 def test_gradient_growth_takes_the_shortest_way() -> None:
     ways = [(), (0,), (1,), (2,), (1, 3), (4,)]
     names = ["input", "linear", "relu", "linear", "add", "relu"]

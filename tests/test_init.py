@@ -151,6 +151,8 @@ def test_bad_input(initializer: object) -> None:
     ):
         with pytest.raises(error, match=message):
             initializer(nn.Linear(4, 2), batches)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"gradients must be one of \[True, False\], got 'yes'"):
+        initializer(nn.Linear(4, 2), gaussian(3, 4), gradients="yes")  # type: ignore[operator]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         initializer(3, gaussian(3, 4))  # type: ignore[operator]
 

@@ -28,6 +28,32 @@ def test_decomposition_draws_roots() -> None:
     np.testing.assert_allclose(np.asarray(sigma.get_ydata()), 1)
 
 
+def test_decomposition_over_theory() -> None:
+    model = sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0)
+    explanation = sv.explain(sv.probe(model, sv.data.gaussian(50, 20, seed=1)))
+    lines = sv.plot.decomposition(explanation.table, theory=explanation.theory).lines
+    np.testing.assert_allclose(np.asarray(lines[-1].get_ydata()), np.sqrt(explanation.table.sigma2))
+    broad = [line for line in lines if line.get_linewidth() > 5 and len(np.asarray(line.get_ydata()))]
+    assert sorted({len(np.asarray(line.get_ydata())) for line in broad}) == [6]  # one piece: theory starts at the first layer
+    np.testing.assert_allclose(np.asarray(broad[1].get_ydata()), np.sqrt(explanation.theory.v2))
+
+
+def test_decomposition_on_a_logarithmic_scale_where_sigma_changes_much() -> None:
+    table = sv.probe(sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0), sv.data.gaussian(50, 20, seed=1))
+    assert sv.plot.decomposition(table).get_yscale() == "linear"
+    faded = table.assign(m2=table.m2 * 10.0 ** -np.arange(6), v2=table.v2 * 10.0 ** -np.arange(6))
+    axes = sv.plot.decomposition(faded)
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[0] < np.sqrt(faded.v2.min())
+    for arguments, error, message in (
+        ({"table": [1.0]}, TypeError, "table must have m2 and v2 by layer, got list"),
+        ({"table": table, "theory": 3}, TypeError, "theory must have m2 and v2 by layer, got int"),
+        ({"table": table, "theory": sv.theory.trajectory(2)}, ValueError, "theory must have the 6 layers of table, got 3"),
+    ):
+        with pytest.raises(error, match=message):
+            sv.plot.decomposition(**arguments)
+
+
 def test_ratio_draws_mean_and_standard_deviation_over_networks() -> None:
     record = sv.simulate(8, 3, networks=5, samples=6, seed=0)
     axes = sv.plot.ratio(record, index=1, label="x")

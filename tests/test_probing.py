@@ -1,6 +1,7 @@
 """The probe against arithmetic by hand on stored activations, and the traces it must not leave."""
 
 import copy
+import random
 from contextlib import nullcontext
 from itertools import permutations
 
@@ -115,11 +116,16 @@ def test_dead_units_are_counted() -> None:
     assert sv.probe(model, gaussian(3, 1, 5, 5)).dead.iloc[0] == 0.75
 
 
+HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+
+
 def state(model: nn.Module) -> dict[str, object]:
     return {
+        "python": random.getstate()[1],
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
         "state": copy.deepcopy(model.state_dict()),
         "modes": [module.training for module in model.modules()],
-        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "hooks": [[len(getattr(module, kind)) for kind in HOOKS] for module in model.modules()],
         "grads": [parameter.grad for parameter in model.parameters()],
         "needs": [parameter.requires_grad for parameter in model.parameters()],
         "generator": torch.get_rng_state(),
@@ -128,6 +134,13 @@ def state(model: nn.Module) -> dict[str, object]:
 
 def same(before: dict[str, object], after: dict[str, object]) -> None:
     torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+class Draws(nn.Module):
+    """Uses the generators of Python and NumPy."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + random.random() + np.random.random()
 
 
 class Failing(nn.Module):
@@ -139,12 +152,13 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("fails", [True, False])
 def test_no_trace(training: bool, fails: bool) -> None:
     last: nn.Module = Failing() if fails else nn.Linear(6, 2)
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), last).train(training)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), Draws(), last).train(training)
     model[0].weight.requires_grad_(False)
     x = gaussian(9, 4)
     before = state(model)
     calls = [
         lambda: sv.probe(model, x),
+        lambda: sv.probe(model, x, layers="all", positions="units"),
         lambda: sv.probe_gradients(model, x, seed=0),
     ]
     for call in calls:
@@ -186,6 +200,9 @@ def test_gradients_grow_through_batchnorm_as_predicted() -> None:
         ("model", gaussian(3, 4), TypeError, "model must be a torch.nn.Module, got str"),
         (nn.ReLU(), gaussian(3, 4), ValueError, "must have a linear or convolutional layer, got ReLU"),
         (nn.Linear(4, 2), 3, TypeError, "batches must be a tensor or an iterable"),
+        (nn.Linear(4, 2), {"input": 3}, TypeError, "batches must hold tensors, .* got dict"),
+        (nn.Linear(4, 2), [(3, gaussian(3, 4))], TypeError, "batches must hold tensors, tuples that start with one"),
+        (nn.Linear(4, 2), torch.tensor(1.0), ValueError, "batches must have the inputs along their first dimension"),
         (nn.Linear(4, 2), "text", TypeError, "batches must be a tensor or an iterable"),
         (nn.Linear(4, 2), [np.ones((3, 4))], TypeError, "batches must hold tensors"),
         (nn.Linear(4, 2), [], ValueError, "at least 2 inputs, got none"),
@@ -198,7 +215,29 @@ def test_bad_input(model: nn.Module, batches: object, error: type[Exception], me
         sv.probe(model, batches)
 
 
+def test_masks_may_be_infinite() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.layer(x) + mask, -1)
+
+    mask = torch.tensor([0.0, 0.0, 0.0, -torch.inf]).expand(5, 4)
+    batches = [(gaussian(5, 4), mask)] * 2
+    assert len(sv.probe(Masked(), batches)) == 1
+    with pytest.warns(UserWarning, match="1 outputs have no row, for they are not finite: add"):
+        assert list(sv.probe(Masked(), batches, layers="all").name) == ["layer", "softmax"]
+
+
 def test_bad_gradients() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        sv.probe_gradients(3, gaussian(3, 2), seed=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must return a floating-point tensor, got dict with none"):
+        sv.probe_gradients(Returns({}), gaussian(3, 2), seed=0)
+    with pytest.raises(TypeError, match=r"seed must be an integer, got 0\.5"):
+        sv.probe_gradients(nn.Linear(2, 2), gaussian(3, 2), seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seed must be at least 0"):
         sv.probe_gradients(nn.Linear(2, 2), gaussian(3, 2), seed=-1)
     with pytest.raises(TypeError, match="inputs must be one batch: a tensor, tuple or dict, got list"):
@@ -219,6 +258,18 @@ def test_activations_in_place_do_not_change_the_gradients() -> None:
     np.testing.assert_allclose(tables[0].gradient2, tables[1].gradient2, rtol=1e-6)
 
 
+class Returns(nn.Module):
+    """Calls a layer and returns something else."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.layer, self.value = nn.Linear(2, 2), value
+
+    def forward(self, x: torch.Tensor) -> object:
+        self.layer(x)
+        return self.value
+
+
 class Flattens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -226,6 +277,29 @@ class Flattens(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x.flatten(0, 1))
+
+
+class Windows(Flattens):
+    """Cuts positions into windows, which it counts as inputs, as Swin transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 4), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(super().forward(self.before(x)).unflatten(0, x.shape[:2]))
+
+
+def test_rows_that_merge_inputs_are_left_out() -> None:
+    model, x = Windows(), gaussian(3, 6, 4)
+    with pytest.warns(UserWarning, match="1 outputs have no row, for they merge the 3 inputs .*: layer"):
+        table = sv.probe(model, x)
+    assert list(table.name) == ["before", "after"]
+    assert sv.explain(table).theory.start.tolist() == ["input", ""]
+    before = state(model)
+    with pytest.raises(ValueError, match="layer 'layer' must keep the 3 inputs of a batch apart"):
+        sv.init.sample_(model, x)
+    same(before, state(model))
 
 
 def test_inputs_must_stay_apart() -> None:
@@ -392,7 +466,7 @@ def test_tuples_and_dictionaries_are_arguments() -> None:
 
 def test_weights_that_are_not_called_are_named() -> None:
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.warns(UserWarning, match=r"1 of 3 weighted layers have no row.*: self_attn\.out_proj"):
+    with pytest.warns(UserWarning, match=r"1 outputs have no row, for they were not called as modules: self_attn\.out_proj"):
         table = sv.probe(attention, gaussian(5, 3, 8))
     assert list(table.name) == ["linear1", "linear2"]
     assert "self_attn" in sv.probe(attention, gaussian(5, 3, 8), layers=[nn.MultiheadAttention]).name[0]
