@@ -136,7 +136,10 @@ def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """Device of a model and floating type of its weights, ``None`` if it has none."""
-    held = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+    everything = [*model.parameters(), *model.buffers()]
+    if any(map(nn.parameter.is_lazy, everything)):
+        raise ValueError("model must have all its parameters, got lazy ones: run a batch through it first")
+    held = [x for x in everything if x.is_floating_point()]
     return (held[0].device, held[0].dtype) if held else (torch.device("cpu"), None)
 
 

@@ -199,6 +199,7 @@ def test_gradients_grow_through_batchnorm_as_predicted() -> None:
     [
         ("model", gaussian(3, 4), TypeError, "model must be a torch.nn.Module, got str"),
         (nn.ReLU(), gaussian(3, 4), ValueError, "must have a linear or convolutional layer, got ReLU"),
+        (nn.LazyLinear(2), gaussian(3, 4), ValueError, "model must have all its parameters, got lazy ones"),
         (nn.Linear(4, 2), 3, TypeError, "batches must be a tensor or an iterable"),
         (nn.Linear(4, 2), {"input": 3}, TypeError, "batches must hold tensors, .* got dict"),
         (nn.Linear(4, 2), [(3, gaussian(3, 4))], TypeError, "batches must hold tensors, tuples that start with one"),
