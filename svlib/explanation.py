@@ -178,19 +178,27 @@ def follow(call: Call, before: list[Signal | None]) -> Signal | None:
     return None
 
 
+def has_batchnorm(calls: list[Call]) -> bool:
+    """Whether BatchNorm normalizes by the batch anywhere, as it does in training mode."""
+    return any(call.function == "batch_norm" and "variance" not in call.options for call in calls)
+
+
 def gradient_growth(calls: list[Call]) -> float:
     r"""Growth of squared gradients, input against output, of a network in which every unit has sample mean 0 and variance 1.
 
-    A factor :math:`\pi/(\pi-1)` per ReLU (for a slope, :func:`svlib.theory.maps.batchnorm_slope` at 1), multiplied along the
-    way from input to output on which there are fewest.
+    A factor :math:`\pi/(\pi-1)` per ReLU and weighted layer behind it, which makes up for what the ReLU takes (for a slope,
+    :func:`svlib.theory.maps.batchnorm_slope` at 1), multiplied along the way from input to output where it is least: skip
+    connections without weights do not count.
     """
-    growth: list[float] = []
+    ways: list[tuple[float, float]] = []  # growth, and the factor of a ReLU that no weighted layer has followed yet
     for call in calls:
-        before = min((growth[parent] for parent in call.parents), default=1.0)
+        growth, pending = min((ways[parent] for parent in call.parents), default=(1.0, 1.0))
         if call.function in ("relu", "leaky_relu"):
-            before *= maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=call.options.get("slope", 0.0))
-        growth.append(before)
-    return growth[-1] if growth else 1.0
+            pending = maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=call.options.get("slope", 0.0))
+        elif call.function in WEIGHTED:
+            growth, pending = growth * pending, 1.0
+        ways.append((growth, pending))
+    return ways[-1][0] if ways else 1.0
 
 
 def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Counter[str]]:
@@ -248,11 +256,14 @@ def _collapse(table: pd.DataFrame) -> list[Finding]:
     if row == 0:
         text = f"at the first layer v²/σ² is {fractions[0]:.2g}: the inputs are nearly alike, or have a large mean."
         return [Finding("collapse", text, "Subtract the mean of the inputs over the data before anything else.")]
-    text = (
-        f"from {names[row]!r} on (row {row + 1} of {len(names)}) the layers hardly tell inputs apart: "
-        f"v²/σ² falls from {fractions[0]:.2g} to {fractions[row]:.2g} there and is {fractions[-1]:.2g} at the last. "
-        f"The sample mean takes over, m/v = {table.ratio.iloc[-1]:.2g} at the last."
-    )
+    where = f"to {fractions[row]:.2g} at {names[row]!r} (row {row + 1} of {len(names)})"
+    text = f"v²/σ² falls from {fractions[0]:.2g} at {names[0]!r} {where}. "
+    below = int((fractions < COLLAPSED).sum())
+    if fractions[-1] < COLLAPSED:
+        ratio = table.ratio.iloc[-1]
+        text += f"The last row has {fractions[-1]:.2g}, m/v = {ratio:.2g}: the sample mean takes over, inputs look alike."
+    else:
+        text += f"In all {below} rows are below {COLLAPSED}; the last is not ({fractions[-1]:.2g})."
     if not 0.5 < (scale := sigma2[row] / sigma2[0]) < 2:
         text += f" On the way the scale σ² changes as well, by a factor {scale:.2g}."
     advice = "sv.init.sample_ removes the means; so does BatchNorm. Rescaling (sv.init.total_) cannot help."
@@ -280,7 +291,7 @@ def _dead(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
 
 
 def _batchnorm(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
-    if not any(call.function == "batch_norm" and "variance" not in call.options for call in calls):
+    if not has_batchnorm(calls):
         return []
     expected = math.sqrt(1 / (math.pi - 1))
     median = table.ratio.iloc[1:].median()
@@ -291,9 +302,8 @@ def _batchnorm(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
 
 def _gradients(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
     centred = table.m2.iloc[1:].abs().median() < 0.05 * table.sigma2.iloc[1:].median()
-    normalized = any(call.function == "batch_norm" and "variance" not in call.options for call in calls)
     growth = gradient_growth(calls)
-    if not (centred or normalized) or growth < GRADIENTS:
+    if not (centred or has_batchnorm(calls)) or growth < GRADIENTS:
         return []
     text = (
         f"with sample means of 0 squared gradients grow backwards, by 1.467 per ReLU layer, here by some {growth:.0e} in all."

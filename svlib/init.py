@@ -31,7 +31,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from svlib import _check
 from svlib.calls import Call, tensors
-from svlib.explanation import GRADIENTS, gradient_growth
+from svlib.explanation import GRADIENTS, gradient_growth, has_batchnorm
 from svlib.moments import Decomposition, decompose
 from svlib.probing import (
     Batch,
@@ -111,8 +111,8 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
         ValueError: If a unit has no variance, or for the reasons of :func:`total_`. The model is then as it was.
 
     Warns:
-        UserWarning: If the growth of squared gradients through the ReLU layers on the shortest way from input to output
-            exceeds ``svlib.explanation.GRADIENTS``.
+        UserWarning: If layers without a bias keep sample means above their deviations; or if squared gradients are to grow more
+            than ``svlib.explanation.GRADIENTS`` times through ReLU layers, along the way from input to output where least.
 
     Examples:
         >>> import svlib as sv
@@ -126,6 +126,12 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
         return torch.from_numpy(found.mean), torch.from_numpy(found.variance).sqrt()
 
     table, calls = _initialize(model, batches, parts, gradients)
+    means_left = table[(table.done == _SET_WITHOUT_BIAS) & (table.ratio_after > 1)]
+    if len(means_left) and not has_batchnorm(calls):
+        worst = means_left.sort_values("ratio_after").iloc[-1]
+        kept = f"{len(means_left)} layers without a bias keep sample means above their deviations"
+        where = f"m/v = {worst.ratio_after:.2g} at {worst['name']!r}"
+        warnings.warn(f"{kept} ({where}), and the decay goes on: give them a bias, set them again", stacklevel=2)
     if (growth := gradient_growth(calls)) > GRADIENTS:
         grown = f"squared gradients grow some {growth:.0e} times from the model's output to its first layer"
         warnings.warn(

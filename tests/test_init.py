@@ -10,6 +10,7 @@ from torch import nn
 
 import svlib as sv
 from tests import models
+from tests.test_explanation import wide
 from tests.test_probing import gaussian, same, state
 
 MODELS = {
@@ -215,6 +216,21 @@ def test_any_model_is_repaired(name: str) -> None:
         once = copy.deepcopy(model.state_dict())
         initializer(model, batch)
         torch.testing.assert_close(model.state_dict(), once, rtol=1e-2, atol=1e-2)
+
+
+def test_layers_without_bias_that_keep_their_means_are_named() -> None:
+    x = gaussian(300, 50)
+    bare = wide(*(layer for _ in range(9) for layer in (nn.Linear(50, 50, bias=False), nn.ReLU())))
+    with pytest.warns(UserWarning, match=r"[2-8] layers without a bias keep .*: give them a bias"):
+        table = sv.init.sample_(bare, x)
+    assert table.ratio_after.iloc[-1] > 1
+    for layer in list(bare)[::2]:
+        layer.bias = nn.Parameter(torch.zeros(50))
+    assert sv.init.sample_(bare, x).ratio_after.max() == 0  # no warning, as warnings are errors here
+    normalized = nn.Sequential(
+        *(part for _ in range(9) for part in (nn.Linear(50, 50, bias=False), nn.BatchNorm1d(50), nn.ReLU()))
+    )
+    assert sv.init.sample_(normalized, x).ratio_after.max() < 1
 
 
 def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
