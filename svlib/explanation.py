@@ -42,6 +42,7 @@ GRADIENTS = 100.0
 DEVIATION = 0.1
 """Difference in v^2/sigma^2 between theory and measurement that is worth a word."""
 
+_UNFOLDED = 12  # rows that a notebook shows without a click
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that a preactivation may have
 
 
@@ -89,10 +90,15 @@ class Explanation:
         return shown.rename(columns={"theory": "v2_fraction, theory"})
 
     def _repr_html_(self) -> str:
+        return self.to_html(unfolded=len(self.table) <= _UNFOLDED)
+
+    def to_html(self, *, unfolded: bool) -> str:
+        """The diagnosis as a list, and behind it :meth:`layers` as a table that folds."""
         escaped = ([html.escape(part) for part in finding] for finding in self.findings)
         items = "".join(f"<li><b>{kind}</b>: {text} <i>{advice}</i></li>" for kind, text, advice in escaped)
         table = self.layers().to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="")
-        return f'<ul>{items}</ul>\n<div style="overflow-x: auto">{table}</div>'
+        head = f"<details{' open' if unfolded else ''}><summary>{len(self.table)} rows</summary>"
+        return f'<ul>{items}</ul>\n{head}<div style="overflow-x: auto">{table}</div></details>'
 
 
 def explain(table: pd.DataFrame) -> Explanation:
@@ -210,7 +216,8 @@ def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Count
     for call in calls:
         before = [signals[parent] for parent in call.parents]
         found = follow(call, before)
-        cause = next((causes[parent] for parent in call.parents if signals[parent] is None), call.function)
+        own = f"{call.function} of what is not Gaussian" if call.function in ("relu", "leaky_relu") else call.function
+        cause = next((causes[parent] for parent in call.parents if signals[parent] is None), own)
         if found is None and call.row and _weighted(call, calls):
             found = Signal(sigma2[call.row], m2[call.row], 0.0)
             expected[call.row] = found, cause

@@ -113,7 +113,7 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
     axes.set(xlabel="layer", ylabel="preactivation", ylim=(0, None))
     sigma = np.sqrt(_decomposed(table)[_TOTAL])
     if sigma.max() > _LINEAR * sigma.min() > 0:
-        axes.set(yscale="log", ylim=(sigma.min() / _LINEAR, None))
+        axes.set(yscale="log", ylim=(sigma.min() / _LINEAR, 2 * sigma.max()))
     axes.legend()
     return axes
 

@@ -85,7 +85,7 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         title=html.escape(title),
         summary=f"{len(explanation.table)} outputs over {explanation.table.inputs.max()} inputs.",
         picture=file.getvalue()[file.getvalue().index("<svg") :],
-        reading=explanation._repr_html_(),
+        reading=explanation.to_html(unfolded=True),
         thresholds=thresholds,
         provenance="\n".join(
             f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>" for name, value in provenance.items()
