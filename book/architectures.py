@@ -24,7 +24,10 @@ from sklearn import datasets
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-import transformers
+with warnings.catch_warnings(action="ignore"):  # in a notebook its import warns
+    import transformers
+
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, BATCH, LAST, SEEDS = 200, 16, 40, 4

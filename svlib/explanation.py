@@ -65,7 +65,7 @@ class Finding(NamedTuple):
         return f"{self.kind}: {self.text}{' ' + self.advice if self.advice else ''}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """A table with its theory and its diagnosis; in a notebook it shows all three.
 
@@ -80,7 +80,7 @@ class Explanation:
     theory: pd.DataFrame
     findings: tuple[Finding, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(map(str, self.findings))
 
     def layers(self) -> pd.DataFrame:
