@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
 
 def gaussian(samples: int, *features: int, seed: int) -> torch.Tensor:
-    """White noise, the paper's inputs: (samples, *features), float32.
+    """White noise, the paper's inputs: ``(samples, *features)``, float32.
 
     Raises:
         TypeError: If a size is not an integer.
