@@ -1,7 +1,8 @@
-"""What probing costs: ``python benchmarks/probing.py [overhead] [memory]``.
+"""What probing costs: ``python benchmarks/probing.py [overhead] [watch] [memory]``.
 
 Needs the extra ``models`` (transformers). overhead: time of ``probe`` over that of a bare forward pass, alternating in one
-run. memory: high-water marks, each case in a process of its own.
+run. watch: time of training steps under ``Probe`` over that of bare ones. memory: high-water marks, each case in a process
+of its own.
 """
 
 import os
@@ -74,6 +75,32 @@ def overhead() -> None:
             )
 
 
+def watch() -> None:
+    """ALL-CNN-C, 100 steps of 64 images, alternating."""
+    model = sv.networks.all_cnn_c(24, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    batch = images(64, 32, 0)
+
+    def train() -> float:
+        started = time.perf_counter()
+        for _ in range(100):
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+        return time.perf_counter() - started
+
+    seconds = []
+    for _ in range(5):
+        row = [train()]
+        for every in (1, 10, 100):
+            with sv.Probe(model, every=every):
+                row.append(train())
+        seconds.append(row)
+    ratios = np.array(seconds)[:, 1:] / np.array(seconds)[:, :1]
+    for every, found in zip((1, 10, 100), ratios.T, strict=True):
+        print(f"Probe every {every} steps: {np.median(found):.3f} ({found.min():.3f} to {found.max():.3f}) of the bare time")
+
+
 def memory(case: str = "") -> None:
     if not case:
         for name in MODELS:
@@ -101,9 +128,9 @@ def memory(case: str = "") -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["overhead", "memory"]
+    chosen = sys.argv[1:] or ["overhead", "watch", "memory"]
     if chosen[0] == "memory":
         memory(*chosen[1:])
     else:
         for name in chosen:
-            {"overhead": overhead, "memory": memory}[name]()
+            {"overhead": overhead, "watch": watch, "memory": memory}[name]()

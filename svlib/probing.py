@@ -228,11 +228,11 @@ class _Row:
 class _Table:
     """Rows in execution order, gathered over batches, and the calls of the first batch."""
 
-    def __init__(self, model: nn.Module, layers: Layers, positions: str) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, positions: str, *, strict: bool = True) -> None:
         _check.choice("positions", positions, POSITIONS)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self._model, self._positions = model, positions
+        self._model, self._positions, self._strict = model, positions, strict
         self._chosen = _selection(layers)
         self._modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
         self._hooked: Mapping[str, nn.Module] = weighted_layers(model) if layers is None else self._modules
@@ -260,7 +260,8 @@ class _Table:
                 self._rows.setdefault(row, _Row(kind, y, dims, self._positions)).update(y)
             except ValueError as error:
                 named = type(error)(f"layer {row!r}: {error}")
-                if module is not None or not isinstance(error, _check.NotFiniteError):
+                finite = not isinstance(error, _check.NotFiniteError)
+                if finite or (self._strict and module is not None):
                     raise named from None
                 del self._rows[row]  # scores of attention under a mask, for example
                 self._left_out[row] = named
@@ -338,9 +339,9 @@ class _Table:
         """
         if not self._inputs:
             raise ValueError("batches must hold at least 2 inputs, got none")
-        if not self._rows and self._left_out:
+        if not self._rows and self._left_out and self._strict:
             raise next(iter(self._left_out.values()))
-        if not self._rows:
+        if not self._rows and not self._left_out:
             asked = "a weighted layer" if self._hooked is not self._modules else "what layers names"
             raise ValueError(f"model must call {asked}, got none called")
         if self._hooked is not self._modules:
@@ -350,7 +351,8 @@ class _Table:
         self._warn(merged, f"merge the {self._inputs} inputs of a batch with their positions")
         self._warn([name for name in self._left_out if name not in merged], "are not finite")
         table = pd.DataFrame([{"name": name, **row.values()} for name, row in self._rows.items()])
-        table["v2_to_previous"] = table.v2 / table.v2.shift()
+        if len(table):
+            table["v2_to_previous"] = table.v2 / table.v2.shift()
         table.attrs = {"calls": self._calls, "positions": self._positions}
         return table
 
@@ -440,7 +442,8 @@ class Probe:
     """Probe a model inside a training loop, every few steps, from the batches that it trains on.
 
     A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not counted. Between the
-    steps that are measured the model runs as if nothing were there.
+    steps that are measured the model runs as if nothing were there. A batch of one input is not measured, and outputs that
+    are not finite have no row and a warning: a run that diverges goes on.
 
     Args:
         model: Any module, not compiled.
@@ -465,7 +468,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, *, every: int = 1, layers: Layers = None, positions: str = "samples") -> None:
         self._every = _check.integer("every", every)
-        self._new = partial(_Table, model, layers, positions)
+        self._new = partial(_Table, model, layers, positions, strict=False)
         self._new()  # what is wrong shows now
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
             raise TypeError(f"model must not be compiled, or hooks inside do not run, got {type(model).__name__}")
@@ -490,9 +493,9 @@ class Probe:
         if not torch.is_grad_enabled():
             return
         step, self._steps = self._steps, self._steps + 1
-        if step % self._every:
-            return
         (_, first), *_ = tensors((args, kwargs))
+        if step % self._every or len(first) < 2:
+            return
         table, measuring = self._new(), ExitStack()
 
         def after(model: nn.Module, args: Any, output: Any) -> None:

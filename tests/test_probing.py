@@ -535,6 +535,18 @@ def test_probe_survives_a_forward_pass_that_raises() -> None:
         model(gaussian(3, 4))
         assert list(probe.table.step) == [1, 1]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    first, last = nn.Linear(4, 4), nn.Linear(4, 2)
+    diverging = nn.Sequential(first, nn.ReLU(), last)
+    with sv.Probe(diverging) as probe:
+        diverging(gaussian(3, 4))
+        diverging(gaussian(1, 4))  # one input has no variance
+        nn.init.constant_(last.bias, torch.nan)
+        with pytest.warns(UserWarning, match="1 outputs have no row, for they are not finite: 2"):
+            diverging(gaussian(3, 4))
+        nn.init.constant_(first.bias, torch.nan)
+        with pytest.warns(UserWarning, match="2 outputs have no row, for they are not finite: 0, 2"):
+            diverging(gaussian(3, 4))
+    assert probe.table.step.tolist() == [0, 0, 2]
     for arguments, error, message in (
         ({"every": 0}, ValueError, "every must be at least 1"),
         ({"every": 1.5}, TypeError, "every must be an integer"),
@@ -545,3 +557,20 @@ def test_probe_survives_a_forward_pass_that_raises() -> None:
             sv.Probe(model, **arguments)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         sv.Probe(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["MLP", "ALL-CNN-C", "GPT-2 (transformers)"])
+def test_on_a_gpu_as_on_the_processor(name: str) -> None:
+    model, batch = models.MODELS[name]()
+    expected = sv.probe(model, batch)
+    moved = model.cuda()
+    before = torch.cuda.get_rng_state()
+    found = sv.probe(moved, batch)  # batches are moved
+    np.testing.assert_allclose(found.v2, expected.v2, rtol=1e-3)
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    table = sv.init.sample_(moved, batch)
+    np.testing.assert_allclose(table.v2_after[table.done == "set"], 1, rtol=2e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert len(sv.probe(moved, batch)) == len(expected)
