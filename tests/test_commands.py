@@ -30,6 +30,9 @@ class Tokens(nn.Module):
     def forward(self, ids):
         return self.scores(self.embedding(ids).relu())
 
+def normalized():
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+
 instance = nn.Linear(6, 3)
 number = 3
 def fails():
@@ -76,6 +79,33 @@ def test_probe_equals_the_function() -> None:
     some = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "sc*").output
     assert "scores" in some
     assert "relu" not in some
+
+
+class Opens:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("opened", "w")
+
+
+def test_a_checkpoint_that_holds_more_than_weights_is_refused() -> None:
+    torch.save({"weight": Opens()}, "checkpoint.pt")
+    done = run("probe", "models_of_mine:instance", "--input", "6", "--checkpoint", "checkpoint.pt")
+    assert done.exit_code == 1
+    assert "Weights only load failed" in done.output
+    assert not Path("opened").exists()
+
+
+def test_training_and_evaluation_mode() -> None:
+    words = ("probe", "models_of_mine:normalized", "--input", "6", "--samples", "40", "--html", "page.html")
+    for extra, mode in (((), "training"), (("--eval",), "evaluation")):
+        shown = run(*words, *extra).output
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = __import__("models_of_mine").normalized().train(mode == "training")
+        v2 = sv.probe(model, sv.data.gaussian(40, 6, seed=0)).v2
+        assert f"{v2[1]:.3g}" in shown
+        assert f"<dt>mode</dt><dd>{mode}</dd>" in Path("page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("method", ["total", "sample"])

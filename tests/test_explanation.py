@@ -61,6 +61,16 @@ def test_theory_meets_a_wide_network(activation: nn.Module, norm: nn.Module) -> 
     agree(explanation)
 
 
+def test_theory_of_a_norm_behind_the_activation() -> None:
+    """It takes away the mean over units that ReLU has made, as well as the scale."""
+    block = (nn.ReLU(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    model = wide(nn.Linear(WIDTH, WIDTH), *(part for _ in range(3) for part in block))
+    explanation = sv.explain(sv.probe(model, gaussian(100, WIDTH, seed=9)))
+    assert (explanation.theory.start[1:] == "").all()
+    agree(explanation)
+    assert explanation.theory.v2_fraction[1] > 0.9  # 0.68 without the norm
+
+
 class Sums(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +126,10 @@ def test_theory_of_every_call() -> None:
         (Call("leaky_relu", (0,), {"slope": 1.0}), (q, r, 0.0)),
     ):
         assert follow(call, [Signal(q, r, u)]) == pytest.approx(expected), call
+    layer_norm = Call("layer_norm", (0,), {"gamma2": 1.0, "beta2": 0.0})
+    assert follow(layer_norm, [Signal(3.0, 1.0, 0.5)]) == pytest.approx((1.0, 0.2, 0.0))
+    rms_norm = Call("rms_norm", (0,), {"gamma2": 1.0, "beta2": 0.0})
+    assert follow(rms_norm, [Signal(3.0, 1.0, 0.5)]) == pytest.approx((1.0, 1 / 3, 0.0))
     assert follow(Call("relu", (0,)), [Signal(2.0, 0.0, 0.0)]) == pytest.approx((1.0, 1 / math.pi, 1 / math.pi))
     assert follow(Call("add", (0, 1)), [Signal(q, r, u), Signal(1.0, 0.5, 0.2)]) == pytest.approx((4.0, 1.5, 0.2))
     beyond: list[tuple[Call, list[Signal | None]]] = [
@@ -206,7 +220,8 @@ def test_gradient_growth_takes_the_way_of_least_growth() -> None:
     growth = math.pi / (math.pi - 1)
     plain = [Call(name, (n - 1,) if n else ()) for n, name in enumerate(["input", "linear", "relu", "view", "conv2d", "relu"])]
     assert gradient_growth(plain) == pytest.approx(growth)
-    assert gradient_growth([*plain, Call("linear", (5,))]) == pytest.approx(growth**2)
+    longer = [*plain, Call("linear", (5,)), Call("linear", (6,))]  # the second follows no ReLU
+    assert gradient_growth(longer) == pytest.approx(growth**2)
     names = ["input", "linear", "relu", "linear", "add", "relu", "linear"]
     ways = [(), (0,), (1,), (2,), (1, 3), (4,), (5,)]
     residual = [Call(name, parents) for name, parents in zip(names, ways, strict=True)]
