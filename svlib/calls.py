@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -35,17 +36,20 @@ class Call:
     Attributes:
         function: Name; "input" for an input, with "add" and "mul" for their relatives.
         parents: Numbers of the calls whose outputs it took.
-        options: What a theory needs of its other arguments: of a weighted layer ``gain`` = fan-in times mean square weight,
-            ``bias2`` = mean square bias; of a normalization ``gamma2`` and ``beta2``, and ``mean2`` and ``variance`` where they
-            are constants; ``constant2``, the mean square of what is added or multiplied by; the ``slope`` of leaky ReLU;
-            ``m2``, ``sigma2`` and ``mean2`` where they were measured.
+        options: What a theory needs of its other arguments, mean squares (ending in ``2``) and squared means (in ``_mean2``) of
+            constants: of a weighted layer ``gain`` = fan-in times mean square weight, and the bias; of a normalization
+            gamma, beta and ``eps``, or its ``scale2`` and shift where it uses constants; of what is added or multiplied by,
+            with ``pattern`` if it differs from position to position; the ``slope`` of leaky ReLU; what dropout keeps;
+            m2, sigma2 and the squared mean over all where they were measured.
         row: Name of the output's row in the table, if it has one.
+        is_output: Whether it made the model's (first) output.
     """
 
     function: str
     parents: tuple[int, ...] = ()
     options: dict[str, float] = field(default_factory=dict)
     row: str = ""
+    is_output: bool = False
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,19 +85,34 @@ class Recorder(TorchFunctionMode):
         self._measure, self._on_call = measure, on_call
         self._number = WeakTensorKeyDictionary()
         self._known: list[bool] = []
-        # Inputs and weighted layers that a signal comes from, with none between: signals without a common one are independent
+        # Weights (their storage) and inputs that a signal comes from, with none between: without a common one, signals are
+        # independent
         self._origins: list[frozenset[int]] = []
-        for _, x in tensors(inputs):
-            self._add(Call("input"), x, known=False)
+        self._units: list[int | None] = []
+        for number, (_, x) in enumerate(tensors(inputs)):
+            self._add(Call("input"), x, known=False, origins=frozenset({-1 - number}))
 
-    def _add(self, call: Call, output: torch.Tensor, *, known: bool) -> None:
+    def _add(
+        self,
+        call: Call,
+        output: torch.Tensor,
+        *,
+        known: bool,
+        origins: frozenset[int] | None = None,
+        units: int | None = None,
+    ) -> None:
         self._number[output] = len(self.calls)
-        if call.function in WEIGHTED | {"input"}:
-            self._origins.append(frozenset({len(self.calls)}))
-        else:
-            self._origins.append(frozenset[int]().union(*(self._origins[parent] for parent in call.parents)))
+        inherited = frozenset[int]().union(*(self._origins[parent] for parent in call.parents))
+        self._origins.append(inherited if origins is None else origins)
+        if call.function in FOLLOWED and call.parents and units is None:
+            units = self._units[call.parents[0]]
+        self._units.append(units)
         self.calls.append(call)
         self._known.append(known)
+
+    def knows(self, output: torch.Tensor) -> bool:
+        """Whether a tensor depends on the inputs, as far as was seen."""
+        return output in self._number
 
     def name_row(self, output: torch.Tensor, row: str) -> None:
         """Say that an output has a row of this name."""
@@ -102,41 +121,83 @@ class Recorder(TorchFunctionMode):
             self.calls[number].row = row
             self._known[number] = True
 
+    def is_output(self, output: Any) -> None:
+        """Say what the model returned."""
+        for _, y in tensors(output):
+            if y in self._number and y.is_floating_point():
+                self.calls[self._number[y]].is_output = True
+                return
+
+    def passed(self, module: str, given: Any, output: Any) -> None:
+        """Say that a module made this of that, where no function was seen that did (custom autograd functions)."""
+        parents = tuple(self._number[x] for _, x in tensors(given) if x in self._number)
+        for _, y in tensors(output):
+            if parents and y not in self._number:
+                self._add(Call(module, parents), y, known=False)
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        made = [y for _, y in tensors(output)]
+        name = getattr(function, "__name__", type(function).__name__).strip("_")
+        made = [args[0]] if name == "setitem" else [y for _, y in tensors(output)]
         given = [x for _, x in tensors((args, kwargs))] if made else []  # most calls only ask for a shape
         mine = [x for x in given if x in self._number]
-        if not mine:
-            return output
-        name = getattr(function, "__name__", type(function).__name__).strip("_")
-        inplace = any(output is x for x in given) and (function.__name__.endswith("_") or bool(kwargs.get("inplace")))
-        parents = [self._number[x] for x in mine]
-        call = self._call(name, parents, mine, args, kwargs, output)
-        known = call.function in WEIGHTED or (call.function in FOLLOWED and all(self._known[n] for n in call.parents))
-        for y in made:
-            self._add(call, y, known=known)
-            if self._on_call is not None and y.is_floating_point():
-                storage = y.untyped_storage().data_ptr()
-                if inplace or all(x.untyped_storage().data_ptr() != storage for x in given):
-                    self._on_call(name, y)
+        if mine:
+            inplace = any(output is x for x in given) and (function.__name__.endswith("_") or bool(kwargs.get("inplace")))
+            with torch._C.DisableTorchFunction():  # other modes must not see what follows
+                self._note(name, mine, given, made, args, kwargs, inplace=inplace)
         return output
 
-    def _call(self, name: str, parents: list[int], mine: list[torch.Tensor], args: Any, kwargs: Any, output: Any) -> Call:
+    def _note(
+        self,
+        name: str,
+        mine: list[torch.Tensor],
+        given: list[torch.Tensor],
+        made: list[torch.Tensor],
+        args: Any,
+        kwargs: Any,
+        *,
+        inplace: bool,
+    ) -> None:
+        call = self._call(name, mine, made[0], args, kwargs)
+        known = call.function in WEIGHTED or (call.function in FOLLOWED and all(self._known[n] for n in call.parents))
+        origins, units = None, None
+        if name in WEIGHTED:
+            weight = _argument(args, kwargs, *((2, "mat2") if name == "addmm" else (1, "weight")))
+            origins = frozenset({weight.untyped_storage().data_ptr()})
+            units = made[0].shape[1 if name in CONVOLUTIONS else -1]
+        for y in made:
+            self._add(call, y, known=known, origins=origins, units=units)
+            if self._on_call is not None and y.is_floating_point():
+                storage = _storage(y)
+                if inplace or all(_storage(x) != storage for x in given):
+                    self._on_call(name, y)
+
+    def _call(self, name: str, mine: list[torch.Tensor], output: torch.Tensor, args: Any, kwargs: Any) -> Call:
+        parents = tuple(self._number[x] for x in mine)
+        beyond = ""
+        options: dict[str, float] | None
         if name in _SUMS | _PRODUCTS | _QUOTIENTS:
-            options = _constant(name, mine, args, kwargs)
+            options = _constant(name, mine, args, kwargs, output)
             name = "add" if name in _SUMS else "mul"
-            if name == "add" and len(mine) == 2:
-                if self._origins[parents[0]] & self._origins[parents[1]]:
-                    return Call("add of dependent signals", tuple(parents))
-                parents = [self._followed(number, x) for number, x in zip(parents, mine, strict=True)]
+            if name == "add" and len(mine) == 2 and self._origins[parents[0]] & self._origins[parents[1]]:
+                beyond = "add of dependent signals"
+            elif name == "add" and len(mine) == 2:
+                parents = tuple(self._followed(number, x) for number, x in zip(parents, mine, strict=True))
         else:
             options = _options(name, args, kwargs)
+        if name in WEIGHTED | {"layer_norm", "rms_norm"}:
+            x = _argument(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
+            if len(mine) > 1 or mine[0] is not x:
+                beyond = f"{name} with weights from the input"
+            elif self._units[parents[0]] not in (None, x.shape[1 if name in CONVOLUTIONS else -1]):
+                beyond = f"{name} over positions"
         merges = name in _RESHAPES and output.ndim == 2 < mine[0].ndim and len(output) == len(mine[0])
-        if options is None or (merges and sum(size > 1 for size in mine[0].shape[1:]) > 1):
-            name, options = ("flatten of positions" if merges else f"{name}*"), {}
-        return Call(name, tuple(parents), options)
+        if merges and sum(size > 1 for size in mine[0].shape[1:]) > 1:
+            beyond = "flatten of positions"
+        if beyond or options is None:
+            return Call(beyond or f"{name}*", parents)
+        return Call(name, parents, options)
 
     def _followed(self, number: int, x: torch.Tensor) -> int:
         """The number of a call whose m2 and sigma2 are known: this one, or its measurement."""
@@ -148,54 +209,74 @@ class Recorder(TorchFunctionMode):
         return number
 
 
+def _argument(args: Any, kwargs: Any, position: int, keyword: str, default: Any = None) -> Any:
+    return args[position] if len(args) > position else kwargs.get(keyword, default)
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else id(x)
+
+
 def _options(name: str, args: Any, kwargs: Any) -> dict[str, float] | None:
     """What theory needs of a call's arguments; ``None`` where the call is beyond it."""
-
-    def argument(position: int, keyword: str, default: Any = None) -> Any:
-        return args[position] if len(args) > position else kwargs.get(keyword, default)
-
+    argument = partial(_argument, args, kwargs)
     if name in WEIGHTED:
         weight = argument(2, "mat2") if name == "addmm" else argument(1, "weight")
         bias = argument(0, "input") if name == "addmm" else argument(2, "bias")
         fan_in = weight.shape[0] if name == "addmm" else weight[0].numel()
+        phases: dict[str, float] = {}
         if "transpose" in name:  # each output position sees 1/stride of the kernel
             stride, groups = argument(3, "stride", 1), argument(6, "groups", 1)
             strides = math.prod(stride) if isinstance(stride, tuple | list) else stride ** (weight.ndim - 2)
             fan_in = weight.shape[0] // groups * math.prod(weight.shape[2:]) / strides
-            return {"gain": fan_in * _mean_square(weight, 0.0), "bias2": _mean_square(bias, 0.0), "phases": float(strides)}
-        return {"gain": fan_in * _mean_square(weight, 0.0), "bias2": _mean_square(bias, 0.0)}
+            phases["phases"] = float(strides)
+        return {"gain": fan_in * _mean_square(weight)} | _moments("bias", bias) | phases
     if name == "leaky_relu":
         return {"slope": float(argument(1, "negative_slope", 0.01))}
     if name == "dropout":
         return {"keep": 1 - float(argument(1, "p", 0.5)) if argument(2, "training", True) else 1.0}
+    if name == "batch_norm":
+        mean, variance = argument(1, "running_mean"), argument(2, "running_var")
+        gamma, beta, eps = argument(3, "weight"), argument(4, "bias"), float(argument(7, "eps", 1e-5))
+        if argument(5, "training", False):
+            positions = {"positions": 1.0} if argument(0, "input").ndim > 2 else {}
+            return {"gamma2": _mean_square(gamma, 1.0), "eps": eps} | _moments("beta", beta) | positions
+        scale = (1.0 if gamma is None else gamma.float()) / (variance.float() + eps).sqrt()
+        shift = (0.0 if beta is None else beta.float()) - mean.float() * scale
+        return {"scale2": _mean_square(scale)} | _moments("shift", shift)
     if name in NORMS:
-        batch = name == "batch_norm"
-        gamma, beta = argument(3 if batch else 2, "weight"), argument(4, "bias") if batch else argument(3, "bias")
-        options = {"gamma2": _mean_square(gamma, 1.0), "beta2": 0.0 if name == "rms_norm" else _mean_square(beta, 0.0)}
-        if batch and not argument(5, "training", False):  # an affine map with the running statistics
-            mean, variance = argument(1, "running_mean"), argument(2, "running_var")
-            options |= {"mean2": _mean_square(mean, 0.0), "variance": float(variance.double().mean())}
-        return options
+        gamma, beta = argument(2, "weight"), argument(3, "bias") if name == "layer_norm" else None
+        eps = argument(4 if name == "layer_norm" else 3, "eps", 1e-5 if name == "layer_norm" else None)
+        return {"gamma2": _mean_square(gamma, 1.0), "eps": float(eps or 0.0)} | _moments("beta", beta)
     return {}
 
 
-def _constant(name: str, mine: list[torch.Tensor], args: Any, kwargs: Any) -> dict[str, float] | None:
-    """Mean square of what is added or multiplied by; nothing where two signals are added; ``None`` where it has none."""
+def _constant(name: str, mine: list[torch.Tensor], args: Any, kwargs: Any, output: torch.Tensor) -> dict[str, float] | None:
+    """Of what is added or multiplied by; nothing where two signals are added; ``None`` where theory is silent."""
     if "alpha" in kwargs or "rounding_mode" in kwargs:
         return None
     if len(mine) == 2:
         return {} if name in _SUMS else None
     (constant,) = [x for x in (*args, *kwargs.values()) if x is not mine[0]][:1] or [None]
-    if isinstance(constant, Real | torch.Tensor):
-        square = _mean_square(torch.as_tensor(constant), 0.0)
-        if name not in _QUOTIENTS:
-            return {"constant2": square}
-        if constant is not args[0] and square > 0:
-            return {"constant2": 1 / square}
-    return None
+    if not isinstance(constant, Real | torch.Tensor) or (name in _QUOTIENTS and constant is args[0]):
+        return None
+    value = torch.as_tensor(constant)
+    sizes = [1] * (output.ndim - value.ndim) + list(value.shape)
+    if sizes and sizes[0] > 1:  # noise, for example, differs from input to input
+        return None
+    if name in _QUOTIENTS:
+        value = 1 / value
+    pattern = {"pattern": 1.0} if sum(size > 1 for size in sizes) > 1 else {}
+    return _moments("constant", value) | pattern if bool(value.isfinite().all()) else None
 
 
-def _mean_square(value: torch.Tensor | None, default: float) -> float:
+def _moments(name: str, value: torch.Tensor | None) -> dict[str, float]:
+    """Mean square and squared mean of a constant."""
+    mean = 0.0 if value is None else float(value.detach().float().mean())
+    return {f"{name}2": _mean_square(value), f"{name}_mean2": mean**2}
+
+
+def _mean_square(value: torch.Tensor | None, default: float = 0.0) -> float:
     if value is None:
         return default
     flat = value.detach().float().flatten()

@@ -5,11 +5,11 @@ of a signal, its mean product r for two different inputs, and its squared mean u
 :math:`q=\sigma^2`, :math:`r=m^2`, u = 0.
 
 - Weights of fan-in n and mean square s, random and independent of the data, and biases of mean square b take (q, r) to
-  (n s q + b, n s r + b).
+  (n s q + b, n s r + b), and u to the squared mean of the biases.
 - Positions of a transposed convolution of stride s see one of s x s parts of the kernel: where positions count as samples, r is
   divided by the number of parts.
 - (Leaky) ReLU of slope a, on a Gaussian signal, takes q to :math:`\frac{1+a^2}2q` and r/q to C(r/q), the correlation map.
-- BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)).
+- BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)), before their scale and shift.
 - A sum of independent signals has (q + q', r + r'). Signals are independent if random weights lie between them and what they
   have in common.
 
@@ -34,7 +34,11 @@ from svlib.theory import maps
 COLLAPSED = 0.1
 """v^2/sigma^2 below which a layer counts as collapsed."""
 SCALE = 100.0
-"""Factor of sigma^2, against the first row, beyond which the scale counts as lost or exploding."""
+"""Factor of sigma^2, between rows with no normalization between them, beyond which the scale counts as lost or exploding."""
+CENTRED = 0.05
+"""m^2/sigma^2, in the median of rows, below which sample means count as removed."""
+BIAS = 0.5
+"""Part of a collapsed first row's m^2 that its bias accounts for, beyond which the bias is named."""
 DEAD = 0.25
 """Fraction of dead units before a ReLU that is worth a word."""
 GRADIENTS = 100.0
@@ -42,8 +46,9 @@ GRADIENTS = 100.0
 DEVIATION = 0.1
 """Difference in v^2/sigma^2 between theory and measurement that is worth a word."""
 
+_COLUMNS = ("name", "type", "m2", "v2", "sigma2", "v2_fraction", "ratio", "dead", "inputs")
 _UNFOLDED = 12  # rows that a notebook shows without a click
-_GAUSSIAN = 0.01  # squared mean over units, as a part of q, that a preactivation may have
+_GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects
 
 
 class Signal(NamedTuple):
@@ -84,9 +89,9 @@ class Explanation:
         return "\n".join(map(str, self.findings))
 
     def layers(self) -> pd.DataFrame:
-        """What the table and the theory say of each layer, in the columns that matter."""
+        """What the table and, where it does not start there, the theory say of each layer, in the columns that matter."""
         shown = self.table[["name", "type", "m2", "v2", "sigma2", "v2_fraction", "ratio", "dead"]]
-        shown = shown.assign(theory=self.theory.v2_fraction)
+        shown = shown.assign(theory=self.theory.v2_fraction.where(self.theory.start == ""))
         return shown.rename(columns={"theory": "v2_fraction, theory"})
 
     def _repr_html_(self) -> str:
@@ -125,22 +130,35 @@ def explain(table: pd.DataFrame) -> Explanation:
     """
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table must be a DataFrame of svlib.probe, got {type(table).__name__}")
-    if missing := [c for c in ("name", "m2", "v2", "sigma2", "v2_fraction", "ratio", "dead") if c not in table]:
+    if missing := [c for c in _COLUMNS if c not in table]:
         raise ValueError(f"table must have the columns of svlib.probe, got none named {missing}")
     if table.empty:
         raise ValueError("table must have rows, got none")
-    calls: list[Call] = table.attrs.get("calls", [])
-    if table.attrs.get("positions") == "units":  # no two parts of a transposed convolution's kernel meet
-        calls = [replace(call, options=call.options | {"phases": 1.0}) for call in calls]
+    if "step" in table and table.step.nunique() > 1:
+        raise ValueError(f"table must be of one step, got {table.step.nunique()}: choose those rows of sv.Probe's table")
     table = table.reset_index(drop=True)
+    calls = [_here(call, table) for call in table.attrs.get("calls", [])]
     theory, silent = _theory(table, calls)
-    wrong = [*_scale(table, calls), *_collapse(table), *_dead(table, calls)]
-    if not wrong:
-        lowest = int(table.v2_fraction.to_numpy().argmin())
-        text = f"v²/σ² is nowhere below {table.v2_fraction[lowest]:.2g} ({table.name[lowest]!r}), and the scale is kept."
+    some = table[table.sigma2 > 0].reset_index(drop=True)
+    wrong = [*_zero(table), *(found for part in (_scale, _collapse, _dead) if len(some) for found in part(some, calls))]
+    if len(some) and not wrong:
+        lowest = int(some.v2_fraction.to_numpy().argmin())
+        text = f"v²/σ² is nowhere below {some.v2_fraction[lowest]:.3g} ({some.name[lowest]!r}), "
+        text += f"and σ² changes less than {SCALE:g} times{' between normalizations' if _normalized(calls) else ''}."
         wrong = [Finding("sound", text)]
-    rest = [*_batchnorm(table, calls), *_gradients(table, calls), *_agreement(table, theory, calls, silent)]
-    return Explanation(table, theory, (*wrong, *rest))
+    rest = [found for part in (_dropout, _batchnorm, _gradients) if len(some) for found in part(some, calls)]
+    return Explanation(table, theory, (*wrong, *rest, *_agreement(table, theory, calls, silent)))
+
+
+def _here(call: Call, table: pd.DataFrame) -> Call:
+    """A call as it stands to this table: its row may have been left out, its positions may count as units."""
+    if call.row not in set(table.name):
+        call = replace(call, row="")
+    if table.attrs.get("positions") != "units":
+        return replace(call, function="add of a pattern over positions") if "pattern" in call.options else call
+    if "positions" in call.options:
+        return replace(call, function="batch_norm over positions")
+    return replace(call, options=call.options | {"phases": 1.0})  # no two parts of a transposed convolution's kernel meet
 
 
 def follow(call: Call, before: list[Signal | None]) -> Signal | None:
@@ -152,7 +170,7 @@ def follow(call: Call, before: list[Signal | None]) -> Signal | None:
         return None
     (q, r, u), *others = [signal for signal in before if signal is not None]
     if call.function in WEIGHTED:
-        return Signal(o["gain"] * q + o["bias2"], o["gain"] * r / o.get("phases", 1.0) + o["bias2"], 0.0)
+        return Signal(o["gain"] * q + o["bias2"], o["gain"] * r / o.get("phases", 1.0) + o["bias2"], o["bias_mean2"])
     if call.function in MOVES:
         return Signal(q, r, u)
     if call.function in ("relu", "leaky_relu"):
@@ -164,47 +182,63 @@ def follow(call: Call, before: list[Signal | None]) -> Signal | None:
         return Signal(half, half * rho, q * (1 - a) ** 2 / (2 * math.pi))
     if call.function == "dropout":
         return Signal(q / o["keep"], r, u) if o["keep"] > 0 else None
-    if call.function == "batch_norm":
-        if "variance" not in o:
-            return Signal(o["gamma2"] + o["beta2"], o["beta2"], 0.0)
-        if o["mean2"] > 0:
-            return None
-        factor = o["gamma2"] / o["variance"]
-        return Signal(factor * q + o["beta2"], factor * r + o["beta2"], factor * u)
-    if call.function in ("layer_norm", "rms_norm"):
-        u = u if call.function == "layer_norm" else 0.0
-        return Signal(o["gamma2"] + o["beta2"], o["gamma2"] * (r - u) / (q - u) + o["beta2"], 0.0) if q > u else None
+    if call.function == "batch_norm" and "scale2" in o:  # by constants, not by the batch
+        return _affine(Signal(q, r, u), o["scale2"], o["shift2"], o["shift_mean2"])
+    if call.function in NORMS:
+        removed = {"batch_norm": r, "layer_norm": u, "rms_norm": 0.0}[call.function]
+        left = q - removed + o["eps"]
+        normal = Signal((q - removed) / left, (r - removed) / left, max(0.0, u - removed) / left) if left > 0 else None
+        return normal and _affine(normal, o["gamma2"], o["beta2"], o["beta_mean2"])
     if call.function == "add" and len(call.parents) == 2:
         ((q2, r2, u2),) = others
-        return Signal(q + q2, r + r2, u + u2) if min(u, u2) == 0 else None
+        return Signal(q + q2, r + r2, u + u2) if math.sqrt(u * u2) <= _GAUSSIAN * (q + q2) else None
     if call.function == "add" and "constant2" in o:
-        return Signal(q + o["constant2"], r + o["constant2"], u)
+        return _affine(Signal(q, r, u), 1.0, o["constant2"], o["constant_mean2"])
     if call.function == "mul" and "constant2" in o:
-        return Signal(q * o["constant2"], r * o["constant2"], u * o["constant2"])
+        return _affine(Signal(q, r, u), o["constant2"], 0.0, 0.0)
     return None
+
+
+def _affine(signal: Signal, scale2: float, shift2: float, shift_mean2: float) -> Signal | None:
+    """Units multiplied by constants and added to; silent where both the units and what is added have a mean."""
+    q, r, u = (scale2 * part for part in signal)
+    meet = math.sqrt(u * shift_mean2) > _GAUSSIAN * (q + shift2)
+    return None if meet else Signal(q + shift2, r + shift2, u + shift_mean2)
 
 
 def has_batchnorm(calls: list[Call]) -> bool:
     """Whether BatchNorm normalizes by the batch anywhere, as it does in training mode."""
-    return any(call.function == "batch_norm" and "variance" not in call.options for call in calls)
+    return any(call.function.startswith("batch_norm") and "gamma2" in call.options for call in calls)
 
 
-def gradient_growth(calls: list[Call]) -> float:
+def gradient_growth(calls: list[Call], *, batchnorm: bool = False) -> float:
     r"""Growth of squared gradients, input against output, of a network in which every unit has sample mean 0 and variance 1.
 
     A factor :math:`\pi/(\pi-1)` per ReLU and weighted layer behind it, which makes up for what the ReLU takes (for a slope,
     :func:`svlib.theory.maps.batchnorm_slope` at 1), multiplied along the way from input to output where it is least: skip
     connections without weights do not count.
+
+    Args:
+        calls: Of a table of :func:`svlib.probe`.
+        batchnorm: Count a layer only if BatchNorm in training mode follows it.
     """
-    ways: list[tuple[float, float]] = []  # growth, and the factor of a ReLU that no weighted layer has followed yet
+    ways: list[tuple[float, float, float]] = []  # growth; the factor of a ReLU no weights have followed; of one no norm has
     for call in calls:
-        growth, pending = min((ways[parent] for parent in call.parents), default=(1.0, 1.0))
+        growth, behind_relu, behind_weights = min((ways[parent] for parent in call.parents), default=(1.0, 1.0, 1.0))
         if call.function in ("relu", "leaky_relu"):
-            pending = maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=call.options.get("slope", 0.0))
+            slope = call.options.get("slope", 0.0)
+            behind_relu = maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=slope)
         elif call.function in WEIGHTED:
-            growth, pending = growth * pending, 1.0
-        ways.append((growth, pending))
-    return ways[-1][0] if ways else 1.0
+            behind_relu, behind_weights = 1.0, behind_relu
+        if behind_weights > 1 and (not batchnorm or has_batchnorm([call])):
+            growth, behind_weights = growth * behind_weights, 1.0
+        ways.append((growth, behind_relu, behind_weights))
+    outputs = [way for way, call in zip(ways, calls, strict=True) if call.is_output] or ways[-1:]
+    return outputs[0][0] if outputs else 1.0
+
+
+def _normalized(calls: list[Call]) -> bool:
+    return any(call.function in NORMS or call.function.startswith("batch_norm") for call in calls)
 
 
 def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Counter[str]]:
@@ -218,8 +252,8 @@ def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Count
         found = follow(call, before)
         own = f"{call.function} of what is not Gaussian" if call.function in ("relu", "leaky_relu") else call.function
         cause = next((causes[parent] for parent in call.parents if signals[parent] is None), own)
-        if found is None and call.row and _weighted(call, calls):
-            found = Signal(sigma2[call.row], m2[call.row], 0.0)
+        if found is None and call.row and (weighted := _weighted(call, calls)):
+            found = Signal(sigma2[call.row], m2[call.row], weighted.options.get("bias_mean2", 0.0))
             expected[call.row] = found, cause
         elif found is not None and call.row:
             expected[call.row] = found, ""
@@ -235,45 +269,72 @@ def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Count
     return frame, Counter(cause for _, cause in expected.values() if cause not in ("", "input"))
 
 
-def _weighted(call: Call, calls: list[Call]) -> bool:
-    """Whether a call is of a weighted layer, or moves what came out of one."""
+def _weighted(call: Call, calls: list[Call]) -> Call | None:
+    """The call of a weighted layer that this is, or whose output it moves."""
     while call.function in MOVES:
         call = calls[call.parents[0]]
-    return call.function in WEIGHTED
+    return call if call.function.split(" ")[0] in WEIGHTED else None  # "linear over positions", for example
+
+
+def _zero(table: pd.DataFrame) -> list[Finding]:
+    names = table.name[~(table.sigma2 > 0)].tolist()
+    if not names:
+        return []
+    text = f"σ² is 0 at {names[0]!r}{f' and {len(names) - 1} other rows' if names[1:] else ''}."
+    return [Finding("no signal", text, "Last layers set to 0 on purpose are no fault; others pass nothing on.")]
 
 
 def _scale(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
-    names, sigma2 = table.name.tolist(), table.sigma2.to_numpy()
-    found: list[Finding] = []
-    if any(call.function in NORMS for call in calls):  # which bring the scale back
-        return found
-    for kind, row in (("explosion", int(sigma2.argmax())), ("loss of scale", int(sigma2.argmin()))):
-        low, high = sorted((sigma2[0], sigma2[row]))
-        if high > SCALE * low:
-            text = f"σ² goes from {sigma2[0]:.2g} at {names[0]!r} to {sigma2[row]:.2g} at {names[row]!r}."
+    """Rows are compared with the first of those that have as many normalizations before them."""
+    norms: list[int] = []
+    for call in calls:
+        before = max((norms[parent] for parent in call.parents), default=0)
+        norms.append(before + _normalized([call]))
+    passed = {call.row: count for call, count in zip(calls, norms, strict=True)}
+    groups = table.groupby(table.name.map(passed).fillna(0), sort=False)
+    factors = table.sigma2 / groups.sigma2.transform("first")
+    found = []
+    for kind, row, factor in (
+        ("explosion", int(factors.to_numpy().argmax()), factors.max()),
+        ("loss of scale", int(factors.to_numpy().argmin()), 1 / factors.min()),
+    ):
+        if factor > SCALE:
+            first = table.loc[table.sigma2[row] / factors[row] == table.sigma2].iloc[0]
+            text = f"σ² goes from {first.sigma2:.2g} at {first['name']!r} to {table.sigma2[row]:.2g} at {table.name[row]!r}"
+            text += f"{', with no normalization between' if _normalized(calls) else ''}."
             found.append(Finding(kind, text, "sv.init.total_ sets σ² to 1 in every layer."))
     return found
 
 
-def _collapse(table: pd.DataFrame) -> list[Finding]:
-    names, fractions, sigma2 = table.name.tolist(), table.v2_fraction.to_numpy(), table.sigma2.to_numpy()
+def _collapse(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
+    names, fractions = table.name.tolist(), table.v2_fraction.to_numpy()
     row = next((row for row, fraction in enumerate(fractions) if fraction < COLLAPSED), None)
     if row is None:
         return []
     if row == 0:
-        text = f"at the first layer v²/σ² is {fractions[0]:.2g}: the inputs are nearly alike, or have a large mean."
+        text = f"at the first layer v²/σ² is {fractions[0]:.2g}"
+        bias2 = next((call.options.get("bias2", 0.0) for call in calls if call.row == names[0]), 0.0)
+        if bias2 > BIAS * table.m2[0]:
+            return [
+                Finding("collapse", f"{text}: its bias is larger than what the inputs make of it.", "Start with biases of 0.")
+            ]
+        text += ": the inputs are nearly alike, or have a large mean."
         return [Finding("collapse", text, "Subtract the mean of the inputs over the data before anything else.")]
     where = f"to {fractions[row]:.2g} at {names[row]!r} (row {row + 1} of {len(names)})"
-    text = f"v²/σ² falls from {fractions[0]:.2g} at {names[0]!r} {where}. "
-    below = int((fractions < COLLAPSED).sum())
+    text = f"v²/σ² falls from {fractions[0]:.2g} at {names[0]!r} {where}"
+    lowest = int(fractions.argmin())
+    text += f", lowest {fractions[lowest]:.2g} at {names[lowest]!r}. " if lowest != row else ". "
     if fractions[-1] < COLLAPSED:
         ratio = table.ratio.iloc[-1]
         text += f"The last row has {fractions[-1]:.2g}, m/v = {ratio:.2g}: the sample mean takes over, inputs look alike."
     else:
-        text += f"In all {below} rows are below {COLLAPSED}; the last is not ({fractions[-1]:.2g})."
-    if not 0.5 < (scale := sigma2[row] / sigma2[0]) < 2:
-        text += f" On the way the scale σ² changes as well, by a factor {scale:.2g}."
-    advice = "sv.init.sample_ removes the means; so does BatchNorm. Rescaling (sv.init.total_) cannot help."
+        text += (
+            f"In all {int((fractions < COLLAPSED).sum())} rows are below {COLLAPSED}; the last is not ({fractions[-1]:.2g})."
+        )
+    advice = (
+        "sv.init.sample_ removes the means; so does BatchNorm. Rescaling alone (sv.init.total_) does not undo what ReLU does; "
+    )
+    advice += "it helps where biases or tokens outweigh a signal that has faded."
     return [Finding("collapse", text, advice)]
 
 
@@ -282,7 +343,7 @@ def _dead(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
     for call in calls:
         if call.function == "relu":
             source = calls[call.parents[0]]
-            while not source.row and len(source.parents) == 1:
+            while not source.row and (source.function in MOVES | {"dropout"} or source.function.startswith("max_pool")):
                 source = calls[source.parents[0]]
             feeds.add(source.row)
     dead = {name: float(fraction) for name, fraction in zip(table.name, table.dead, strict=True) if name in feeds}
@@ -292,36 +353,45 @@ def _dead(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
     worst = max(many, key=dead.__getitem__)
     text = f"{dead[worst]:.0%} of the units of {worst!r}, before a ReLU, are positive for no input"
     text += f" ({len(many)} of {len(table)} layers above {DEAD:.0%})."
+    advice = "They pass nothing on. With sv.init.sample_ every unit of a layer with a bias has inputs on either side of 0."
+    return [Finding("dead units", text, advice)]
+
+
+def _dropout(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
+    if not any(call.function == "dropout" and call.options["keep"] < 1 for call in calls):
+        return []
     return [
-        Finding("dead units", text, "They pass nothing on. With sv.init.sample_ every unit has inputs on either side of 0.")
+        Finding("dropout", "is active, and its noise counts as variance over inputs.", "Measure in evaluation mode as well.")
     ]
 
 
 def _batchnorm(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
-    if not has_batchnorm(calls):
+    if not has_batchnorm(calls) or len(table) < 2:
         return []
-    expected = math.sqrt(1 / (math.pi - 1))
     median = table.ratio.iloc[1:].median()
-    text = f"in training mode it stops the decay: m/v is {median:.2g} in the median of rows; "
-    text += f"theory has {expected:.3f} behind ReLU."
-    return [Finding("BatchNorm", text)]
+    stops = "it stops the decay: " if (table.v2_fraction >= COLLAPSED).all() else ""
+    text = f"in training mode, {stops}m/v is {median:.2g} in the median of rows; behind BatchNorm and ReLU theory has "
+    return [Finding("BatchNorm", f"{text}{math.sqrt(1 / (math.pi - 1)):.3f}.")]
 
 
 def _gradients(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
-    centred = table.m2.iloc[1:].abs().median() < 0.05 * table.sigma2.iloc[1:].median()
-    growth = gradient_growth(calls)
-    if not (centred or has_batchnorm(calls)) or growth < GRADIENTS:
+    centred = table.m2.iloc[1:].abs().median() < CENTRED * table.sigma2.iloc[1:].median()
+    growth = gradient_growth(calls, batchnorm=not centred)
+    if growth < GRADIENTS:
         return []
-    text = (
-        f"with sample means of 0 squared gradients grow backwards, by 1.467 per ReLU layer, here by some {growth:.0e} in all."
-    )
+    means = "sample means of 0" if centred else "BatchNorm"
+    text = f"with {means} squared gradients grow backwards from ReLU layer to ReLU layer, here some {growth:.0e} times in all."
     return [Finding("gradients", text, "Residual connections or smaller learning rates help; see sv.probe_gradients.")]
 
 
 def _agreement(table: pd.DataFrame, theory: pd.DataFrame, calls: list[Call], silent: Counter[str]) -> list[Finding]:
     if not calls:
-        return [Finding("theory", "none, for the table has no record of the network's calls (was it read from a file?).")]
-    predicted = [row for row, start in enumerate(theory.start) if start == ""]
+        return [
+            Finding(
+                "theory", "none, for the table has no record of the network's calls, as one read from a file or of sv.Probe."
+            )
+        ]
+    predicted = [row for row, start in enumerate(theory.start) if start == "" and table.sigma2[row] > 0]
     causes = ", ".join(f"{cause} ({count})" for cause, count in silent.most_common(4))
     if not predicted:
         return [Finding("theory", f"follows no row; it stops at {causes or 'the first'}.")]

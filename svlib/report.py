@@ -56,7 +56,7 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         provenance: What else to say of the run: names and values, in this order.
 
     Raises:
-        TypeError: If ``explanation`` is not an :class:`svlib.Explanation` or ``provenance`` no mapping.
+        TypeError: If ``explanation`` is not an :class:`svlib.Explanation` ``title`` no string or ``provenance`` no mapping.
 
     Examples:
         >>> import svlib as sv
@@ -67,6 +67,8 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
     """
     if not isinstance(explanation, reading.Explanation):
         raise TypeError(f"explanation must be an Explanation of svlib.explain, got {type(explanation).__name__}")
+    if not isinstance(title, str):
+        raise TypeError(f"title must be a string, got {type(title).__name__}")
     if not isinstance(provenance, Mapping):
         raise TypeError(f"provenance must be a mapping of names to values, got {type(provenance).__name__}")
     with mpl.rc_context(plot.STYLE):

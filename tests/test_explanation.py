@@ -1,12 +1,14 @@
 """Theory along a model's calls against closed forms and measurements, and the diagnosis against models made to be ill."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
 from svlib.calls import Call
@@ -112,35 +114,166 @@ def test_dependent_signals_are_no_sum_of_independent_ones() -> None:
 
 
 def test_theory_of_every_call() -> None:
-    q, r, u = 3.0, 1.0, 0.0
+    signal = Signal(3.0, 1.0, 0.0)
+    weights = {"gain": 2.0, "bias2": 0.5, "bias_mean2": 0.1}
+    shift = {"beta2": 1.0, "beta_mean2": 0.2, "gamma2": 4.0, "eps": 0.0}
     for call, expected in (
-        (Call("linear", (0,), {"gain": 2.0, "bias2": 0.5}), (6.5, 2.5, 0.0)),
-        (Call("conv_transpose2d", (0,), {"gain": 2.0, "bias2": 0.5, "phases": 4.0}), (6.5, 1.0, 0.0)),
-        (Call("batch_norm", (0,), {"gamma2": 4.0, "beta2": 1.0}), (5.0, 1.0, 0.0)),
-        (Call("batch_norm", (0,), {"gamma2": 4.0, "beta2": 1.0, "mean2": 0.0, "variance": 2.0}), (7.0, 3.0, 0.0)),
-        (Call("layer_norm", (0,), {"gamma2": 1.0, "beta2": 0.0}), (1.0, 1 / 3, 0.0)),
+        (Call("linear", (0,), weights), (6.5, 2.5, 0.1)),
+        (Call("conv_transpose2d", (0,), weights | {"phases": 4.0}), (6.5, 1.0, 0.1)),
+        (Call("batch_norm", (0,), shift), (5.0, 1.0, 0.2)),
+        (Call("batch_norm", (0,), {"scale2": 2.0, "shift2": 1.0, "shift_mean2": 0.2}), (7.0, 3.0, 0.2)),
+        (Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0}), (4.0, 4 / 3, 0.0)),
+        (Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0, "eps": 1.0}), (3.0, 1.0, 0.0)),
         (Call("dropout", (0,), {"keep": 0.5}), (6.0, 1.0, 0.0)),
-        (Call("mul", (0,), {"constant2": 4.0}), (12.0, 4.0, 0.0)),
-        (Call("add", (0,), {"constant2": 4.0}), (7.0, 5.0, 0.0)),
-        (Call("view", (0,)), (q, r, u)),
-        (Call("leaky_relu", (0,), {"slope": 1.0}), (q, r, 0.0)),
+        (Call("mul", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), (12.0, 4.0, 0.0)),
+        (Call("add", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), (7.0, 5.0, 4.0)),
+        (Call("view", (0,)), signal),
+        (Call("leaky_relu", (0,), {"slope": 1.0}), signal),
     ):
-        assert follow(call, [Signal(q, r, u)]) == pytest.approx(expected), call
-    layer_norm = Call("layer_norm", (0,), {"gamma2": 1.0, "beta2": 0.0})
-    assert follow(layer_norm, [Signal(3.0, 1.0, 0.5)]) == pytest.approx((1.0, 0.2, 0.0))
-    rms_norm = Call("rms_norm", (0,), {"gamma2": 1.0, "beta2": 0.0})
-    assert follow(rms_norm, [Signal(3.0, 1.0, 0.5)]) == pytest.approx((1.0, 1 / 3, 0.0))
+        assert follow(call, [signal]) == pytest.approx(expected), call
+    behind_relu = Signal(3.0, 1.0, 0.5)
+    plain = {"gamma2": 1.0, "beta2": 0.0, "beta_mean2": 0.0, "eps": 0.0}
+    assert follow(Call("layer_norm", (0,), plain), [behind_relu]) == pytest.approx((1.0, 0.2, 0.0))
+    assert follow(Call("rms_norm", (0,), plain), [behind_relu]) == pytest.approx((1.0, 1 / 3, 1 / 6))
     assert follow(Call("relu", (0,)), [Signal(2.0, 0.0, 0.0)]) == pytest.approx((1.0, 1 / math.pi, 1 / math.pi))
-    assert follow(Call("add", (0, 1)), [Signal(q, r, u), Signal(1.0, 0.5, 0.2)]) == pytest.approx((4.0, 1.5, 0.2))
+    assert follow(Call("add", (0, 1)), [signal, Signal(1.0, 0.5, 0.2)]) == pytest.approx((4.0, 1.5, 0.2))
     beyond: list[tuple[Call, list[Signal | None]]] = [
         (Call("relu", (0,)), [Signal(3.0, 1.0, 1.0)]),  # no Gaussian
-        (Call("softmax", (0,)), [Signal(q, r, u)]),
+        (Call("softmax", (0,)), [signal]),
         (Call("relu", (0,)), [None]),
-        (Call("add of dependent signals", (0, 1)), [Signal(q, r, u), Signal(q, r, u)]),
-        (Call("batch_norm", (0,), {"gamma2": 4.0, "beta2": 1.0, "mean2": 0.1, "variance": 2.0}), [Signal(q, r, u)]),
+        (Call("add", (0, 1)), [behind_relu, behind_relu]),  # means meet
+        (Call("add", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), [behind_relu]),
+        (Call("add of dependent signals", (0, 1)), [signal, signal]),
     ]
     for call, signals in beyond:
         assert follow(call, signals) is None
+
+
+class Between(nn.Module):
+    """Something between two wide linear layers."""
+
+    def __init__(self, between: Callable[..., torch.Tensor], width: int = WIDTH, **parts: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = wide(nn.Linear(WIDTH, WIDTH), nn.Linear(width, WIDTH))
+        self.between = between
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.between(self.first(x), *self.parts.values()))
+        return y
+
+
+def evaluated(norm: nn.BatchNorm1d) -> nn.BatchNorm1d:
+    """With running statistics and scales that spread."""
+    with torch.no_grad():
+        assert norm.running_var is not None
+        norm.running_var.copy_(gaussian(WIDTH, seed=3).exp())
+        norm.weight.copy_(gaussian(WIDTH, seed=4))
+    return norm.eval()
+
+
+def positive(*shape: int) -> torch.Tensor:
+    return gaussian(*shape, seed=5).exp()
+
+
+FOLLOWED: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: Between(lambda y: F.dropout(torch.relu(y), 0.5)),
+    "dropout, evaluation": lambda: Between(lambda y: F.dropout(torch.relu(y), 0.5, training=False)),
+    "divided by a number": lambda: Between(lambda y: torch.relu(y) / 3.0),
+    "divided by a vector": lambda: Between(lambda y: y / positive(WIDTH)),
+    "times a vector": lambda: Between(lambda y: y * positive(WIDTH)),
+    "plus a number": lambda: Between(lambda y: y + 2.0),
+    "plus a vector": lambda: Between(lambda y: torch.relu(y + gaussian(WIDTH, seed=6))),
+    "BatchNorm, evaluation": lambda: Between(lambda y, norm: norm(y), norm=evaluated(nn.BatchNorm1d(WIDTH))),
+    "LayerNorm of little": lambda: Between(lambda y, norm: norm(1e-3 * y), norm=nn.LayerNorm(WIDTH)),
+    "LeakyReLU, 0.5": lambda: Between(lambda y, relu: relu(y), relu=nn.LeakyReLU(0.5)),
+    "RMSNorm": lambda: Between(lambda y, norm: norm(torch.relu(y)), norm=nn.RMSNorm(WIDTH)),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_theory_follows_from_the_probe_to_the_measurement(name: str) -> None:
+    explanation = sv.explain(sv.probe(FOLLOWED[name](), gaussian(100, WIDTH, seed=9)))
+    assert explanation.theory.start.tolist() == ["input", ""]
+    agree(explanation)
+
+
+SILENT: dict[str, Callable[[], nn.Module]] = {
+    "relu of what is not Gaussian": lambda: Between(lambda y: torch.relu(y + 3)),
+    "add": lambda: Between(lambda y: torch.relu(y) - 0.8),
+    "add*": lambda: Between(lambda y: y + torch.randn(y.shape)),
+    "mul*": lambda: Between(lambda y: y * (torch.rand(len(y), 1) < 0.5)),
+    "add of dependent signals": lambda: Between(lambda y, layer: layer(y) + layer(y), layer=nn.Linear(WIDTH, WIDTH)),
+    "setitem": lambda: Between(zero_half),
+    "addmm with weights from the input": lambda: Between(lambda y: torch.addmm(y, y, torch.eye(WIDTH))),
+    "add*, alpha": lambda: Between(lambda y: torch.add(y, torch.ones(WIDTH), alpha=2.0)),
+}
+
+
+def zero_half(y: torch.Tensor) -> torch.Tensor:
+    y = y.clone()
+    y[:, : WIDTH // 2] = 0
+    return y
+
+
+@pytest.mark.parametrize("cause", SILENT)
+def test_theory_is_silent_where_it_would_be_wrong(cause: str) -> None:
+    theory = sv.explain(sv.probe(SILENT[cause](), gaussian(50, WIDTH, seed=9))).theory
+    assert theory.start.iloc[-1] == cause.split(",")[0]
+
+
+def test_theory_of_biases_and_shifts_with_a_mean() -> None:
+    for model in (
+        wide(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)),
+        wide(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)),
+    ):
+        for module in list(model)[:2]:
+            if isinstance(module, nn.Linear | nn.BatchNorm1d):
+                nn.init.constant_(module.bias, 2.0)
+        theory = sv.explain(sv.probe(model, gaussian(50, WIDTH))).theory
+        assert theory.start.iloc[-1] == "relu of what is not Gaussian"
+
+
+class Images(nn.Module):
+    """Convolutions, and something on the positions between them."""
+
+    def __init__(self, between: Callable[..., torch.Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.first = models.he_(nn.Conv2d(300, 300, 1))
+        self.between = between
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.between(self.first(x), *self.parts.values())
+
+
+def test_theory_of_positions() -> None:
+    noise = gaussian(60, 300, 4, 4, seed=2)
+    up = models.he_(nn.ConvTranspose2d(300, 300, 2, stride=2))
+    transposed = Images(lambda y, up: up(torch.relu(y)), up=up)
+    for positions, r in (("samples", 1 / math.pi / 4), ("units", 1 / math.pi)):
+        table = sv.probe(transposed, noise, positions=positions)
+        fraction = sv.explain(table).theory.v2_fraction
+        assert fraction.iloc[-1] == pytest.approx(1 - r, abs=0.01)
+        assert table.v2_fraction.iloc[-1] == pytest.approx(1 - r, abs=0.06)
+    pattern = gaussian(300, 4, 4, seed=3)
+    norm, conv = nn.BatchNorm2d(300), models.he_(nn.Conv2d(300, 300, 1))
+    cases = {
+        "add of a pattern over positions": (Images(lambda y, conv: conv(y + pattern), conv=conv), noise, "samples"),
+        "batch_norm over positions": (Images(lambda y, norm, conv: conv(norm(y)), norm=norm, conv=conv), noise, "units"),
+        "linear over positions": (
+            Images(lambda y, mix: mix(y.flatten(2)), mix=nn.Linear(16, 16)),
+            noise,
+            "samples",
+        ),
+    }
+    for cause, (model, x, positions) in cases.items():
+        assert sv.explain(sv.probe(model, x, positions=positions)).theory.start.iloc[-1] == cause
+    model, x, _ = cases["add of a pattern over positions"]
+    explanation = sv.explain(sv.probe(model, x, positions="units"))
+    assert explanation.theory.start.iloc[-1] == ""
+    assert explanation.theory.v2_fraction.iloc[-1] == pytest.approx(explanation.table.v2_fraction.iloc[-1], abs=0.05)
 
 
 def test_diagnoses_of_a_deep_network() -> None:
@@ -159,7 +292,8 @@ def test_diagnoses_of_a_deep_network() -> None:
     assert "collapse" not in repaired
     assert "calibrated weights" in repaired["theory"]
     normalized = kinds(sv.networks.mlp(100, width=300, depth=20, outputs=10, batchnorm=True, seed=0), x)
-    assert "theory has 0.683 behind ReLU" in normalized["BatchNorm"]
+    assert "it stops the decay" in normalized["BatchNorm"]
+    assert "theory has 0.683" in normalized["BatchNorm"]
     assert {"gradients", "sound"} <= normalized.keys()
 
 
