@@ -48,7 +48,7 @@ class Call:
     function: str
     parents: tuple[int, ...] = ()
     options: dict[str, float] = field(default_factory=dict)
-    row: str = ""
+    row: str | None = None
     is_output: bool = False
 
 

@@ -153,7 +153,7 @@ def explain(table: pd.DataFrame) -> Explanation:
 def _here(call: Call, table: pd.DataFrame) -> Call:
     """A call as it stands to this table: its row may have been left out, its positions may count as units."""
     if call.row not in set(table.name):
-        call = replace(call, row="")
+        call = replace(call, row=None)
     if table.attrs.get("positions") != "units":
         return replace(call, function="add of a pattern over positions") if "pattern" in call.options else call
     if "positions" in call.options:
@@ -252,10 +252,10 @@ def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Count
         found = follow(call, before)
         own = f"{call.function} of what is not Gaussian" if call.function in ("relu", "leaky_relu") else call.function
         cause = next((causes[parent] for parent in call.parents if signals[parent] is None), own)
-        if found is None and call.row and (weighted := _weighted(call, calls)):
+        if found is None and call.row is not None and (weighted := _weighted(call, calls)):
             found = Signal(sigma2[call.row], m2[call.row], weighted.options.get("bias_mean2", 0.0))
             expected[call.row] = found, cause
-        elif found is not None and call.row:
+        elif found is not None and call.row is not None:
             expected[call.row] = found, ""
         signals.append(found)
         causes.append(cause)
@@ -343,7 +343,7 @@ def _dead(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
     for call in calls:
         if call.function == "relu":
             source = calls[call.parents[0]]
-            while not source.row and (source.function in MOVES | {"dropout"} or source.function.startswith("max_pool")):
+            while source.row is None and (source.function in MOVES | {"dropout"} or source.function.startswith("max_pool")):
                 source = calls[source.parents[0]]
             feeds.add(source.row)
     dead = {name: float(fraction) for name, fraction in zip(table.name, table.dead, strict=True) if name in feeds}

@@ -40,13 +40,16 @@ from svlib.probing import (
     hooked,
     is_transposed,
     mapped,
+    named_modules,
     probe,
     probe_gradients,
     row_name,
+    same_generators,
     untouched,
     weighted_layers,
 )
 
+_TOLERANCE = 0.05  # of a model in bfloat16, too
 _SET, _SET_WITHOUT_BIAS = "set", "deviation set; no bias, mean left"
 # Weights that their modules do not use through linear or convolutional layers of their own
 _BEYOND = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
@@ -73,7 +76,7 @@ def total_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Dat
     Raises:
         TypeError: If ``model`` is not a module or ``batches`` is not as :func:`svlib.probe` takes it.
         ValueError: If a layer's output is 0 or merges inputs with their positions, or a layer is not called though not frozen,
-            or computes its weight from other parameters; if a module holds weights that are beyond this (attention, recurrent
+            or computes with its weight before it uses it; if a module holds weights that are beyond this (attention, recurrent
             and bilinear layers of torch) and not frozen; or if there are fewer than two inputs. The model is then as it was.
 
     Examples:
@@ -83,11 +86,7 @@ def total_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Dat
         >>> print((table.m2_after + table.v2_after).round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
     """
-
-    def parts(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(()), torch.as_tensor(found.sigma2).sqrt()
-
-    return _initialize(model, batches, parts, gradients)[0]
+    return _initialize(model, batches, _total, gradients)[0]
 
 
 def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
@@ -121,11 +120,7 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
         >>> print(table.v2_after.round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
     """
-
-    def parts(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(found.mean), torch.from_numpy(found.variance).sqrt()
-
-    table, calls = _initialize(model, batches, parts, gradients)
+    table, calls = _initialize(model, batches, _sample, gradients)
     means_left = table[(table.done == _SET_WITHOUT_BIAS) & (table.ratio_after > 1)]
     if len(means_left) and not has_batchnorm(calls):
         worst = means_left.sort_values("ratio_after").iloc[-1]
@@ -135,11 +130,19 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
     if (growth := gradient_growth(calls)) > GRADIENTS:
         grown = f"squared gradients grow some {growth:.0e} times from the model's output to its first layer"
         warnings.warn(
-            f"with sample init {grown} (1.467 per ReLU layer, as with BatchNorm): expect to need small learning rates, "
-            "residual connections or total init",
+            f"with sample init {grown} (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): expect to need small learning "
+            "rates, residual connections or total init",
             stacklevel=2,
         )
     return table
+
+
+def _total(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(()), torch.as_tensor(found.sigma2).sqrt()
+
+
+def _sample(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(found.mean), torch.from_numpy(found.variance).sqrt()
 
 
 def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -> tuple[pd.DataFrame, list[Call]]:
@@ -147,20 +150,23 @@ def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -
     _check.choice("gradients", gradients, (True, False))
     layers = weighted_layers(model)
     left = _left(model, layers)
-    with torch.random.fork_rng([]):  # a shuffled loader draws its order
+    with same_generators(model):  # a loader draws its order, and augments
         batch = _joined(as_batches(model, batches))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = _measured(model, batch, gradients)
     calls: Counter[str] = Counter()
     done: dict[str, str] = {}
-    set_as: dict[int, str] = {}
+    set_as: dict[int, str] = {}  # storage of what was set, and the layer
 
     def on_output(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
         weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
+        assert weight is not None
         calls[name] += 1
         row = row_name(name, calls[name])
-        if name in left or id(weight) in set_as:
-            done[row] = left.get(name) or f"left, set as {set_as[id(weight)]!r}"
+        storages = [part.untyped_storage().data_ptr() for part in (weight, bias) if part is not None]
+        shared = [set_as[storage] for storage in storages if storage in set_as]
+        if name in left or shared:
+            done[row] = left.get(name) or f"left, set as {shared[0]!r}"
             return y
         sample, unit, positions = dimensions(name, layer, y, batch.inputs)
         shift, scale = (part.to(y) for part in parts(decompose(y, sample, unit, positions)))
@@ -169,39 +175,57 @@ def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -
                 f"layer {name!r} must have positive, finite scales to divide by, got {bad} of {scale.numel()} not so"
             )
         done[row] = _SET if bias is not None or not shift.ndim else _SET_WITHOUT_BIAS
-        set_as[id(weight)] = name
+        set_as.update(dict.fromkeys(storages, name))
         _divide_(layer, scale)
         if bias is None:
             shift = torch.zeros_like(shift)
         else:
             bias.copy_((bias - shift) / scale)
+        torch.clear_autocast_cache()  # which holds the weights of before
         return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
 
     try:
         with untouched(model), hooked(layers, on_output):
-            model(*batch.args, **batch.kwargs)
+            model(*mapped(torch.clone, batch.args), **mapped(torch.clone, batch.kwargs))
         if missed := [name for name in layers if not calls[name] and name not in left]:
             raise ValueError(f"layer {missed[0]!r} must be called in the model's forward pass or be frozen, got no call")
         after = _measured(model, batch, gradients)
+        after["done"] = after.name.map(done)
+        if list(before.name) != list(after.name) or after.done.isna().any():
+            raise ValueError("model must call the same layers every time, got other calls in another pass")
+        _verify(after, parts)
     except BaseException:
         with torch.no_grad():
             for parameter, value in parameters:
                 parameter.copy_(value)
+        torch.clear_autocast_cache()
         raise
     columns = ["m2", "v2", "ratio", *["gradient2"] * gradients]
     table = before[["name", "type", *columns]].merge(after[["name", *columns]], on="name", suffixes=("_before", "_after"))
-    table.insert(2, "done", [done[name] for name in table.name])
+    table.insert(2, "done", after.done)
     return table, after.attrs["calls"]
+
+
+def _verify(after: pd.DataFrame, parts: Parts) -> None:
+    """Refuse what came out otherwise than it was set, as where a module computes with its weight before it uses it."""
+    mine = after[after.done.isin([_SET, _SET_WITHOUT_BIAS])]
+    found = mine.sigma2 if parts is _total else mine.v2
+    off = mine[~((found - 1).abs() < _TOLERANCE)]
+    if len(off):
+        got = f"{'mean square' if parts is _total else 'sample variance'} {found[off.index[0]]:.3g} where 1 was set"
+        raise ValueError(f"layer {off.name.iloc[0]!r} must use its weight as it is and alike every time, got {got}")
 
 
 def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Layers that are not to be set, and why; refuses what cannot be."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         free = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if isinstance(module, _BEYOND) and free:
             kind = type(module).__name__
-            raise ValueError(f"module {name!r}, a {kind}, must be frozen (requires_grad False), for its weights cannot be set")
+            raise ValueError(
+                f"module {name!r}, a {kind}, must be frozen for this call (requires_grad False): its weights cannot be set"
+            )
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     left = {}

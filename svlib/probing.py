@@ -64,6 +64,12 @@ def is_transposed(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their names, without what compiling puts between."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
 def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     """The linear and convolutional layers of a model by name, in order of registration.
 
@@ -73,8 +79,7 @@ def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())  # what was compiled
-    layers = {name: layer for name, layer in modules if isinstance(layer, Layer) or is_transposed(layer)}
+    layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, Layer) or is_transposed(layer)}
     if not layers:
         raise ValueError(f"model must have a linear or convolutional layer, got {type(model).__name__} with none")
     return cast(dict[str, Layer], layers)
@@ -94,29 +99,34 @@ def dimensions(
     shape = tuple(y.shape)
     if isinstance(layer, _ConvNd) and y.ndim != layer.weight.ndim:
         raise ValueError(f"layer {name!r} must see a batch (inputs, channels, positions...), its output has shape {shape}")
-    if y.ndim < 1 or len(y) != inputs:
+    if y.ndim < 2:
+        raise ValueError(f"layer {name!r} must see a batch (inputs, features), its output has shape {shape}")
+    if len(y) != inputs:
         raise MergedInputsError(f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}")
     pooled = "pool" in (name.split("/")[-1] if layer is None else type(layer).__name__).lower()
-    if pooled or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
-        unit = min(1, y.ndim - 1)
+    images = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1
+    if pooled or images or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
+        unit = 1
     elif isinstance(layer, nn.Linear | nn.LayerNorm) or unit is None:
         unit = 1 if y.ndim > 3 and not isinstance(layer, nn.Linear | nn.LayerNorm) else y.ndim - 1
     return 0, unit, tuple(dim for dim in range(1, y.ndim) if dim != unit)
 
 
 def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
-    """What to call the model with, batch by batch. See :func:`probe` for what is accepted.
+    """What to call the model with, batch by batch, in copies. See :func:`probe` for what is accepted.
 
     Raises:
         TypeError: If ``batches`` is something else, or of another floating type than the model's first parameter.
-        ValueError: If a tensor has no dimension, or the first is not finite.
+        ValueError: If a tensor has no dimension, or the first of real numbers is not finite.
     """
     device, dtype = _place(model)
-    if isinstance(batches, torch.Tensor | Mapping):
+    if isinstance(batches, torch.Tensor | Mapping | tuple):
         batches = (batches,)
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
         raise TypeError(f"batches must be a tensor or an iterable of tensors, tuples or dicts, got {type(batches).__name__}")
     for batch in batches:
+        if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Mapping):
+            batch = batch[0]  # the rest are labels
         kwargs = dict(batch) if isinstance(batch, Mapping) else {}
         listed = [] if isinstance(batch, Mapping) else list(batch) if isinstance(batch, tuple | list) else [batch]
         args = tuple(listed[: _positional(model)])
@@ -129,8 +139,9 @@ def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
                 raise ValueError("batches must have the inputs along their first dimension, got a tensor without dimensions")
             if x.is_floating_point() and dtype not in (None, x.dtype) and not torch.is_autocast_enabled(device.type):
                 raise TypeError(f"batches must be of the model's {dtype}, got {x.dtype}")
-        _check.floating("batches", found[0])  # masks may hold infinities
-        args, kwargs = mapped(lambda x: x.to(device), (args, kwargs))
+        for x in [x for x in found if x.is_floating_point()][:1]:
+            _check.floating("batches", x)  # others may be masks with infinities
+        args, kwargs = mapped(lambda x: x.detach().to(device, copy=True), (args, kwargs))  # for models that change them
         yield Batch(args, kwargs, len(found[0]))
 
 
@@ -139,67 +150,93 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     everything = [*model.parameters(), *model.buffers()]
     if any(map(nn.parameter.is_lazy, everything)):
         raise ValueError("model must have all its parameters, got lazy ones: run a batch through it first")
+    if any(x.is_meta for x in everything):
+        raise ValueError("model must hold numbers, got parameters or buffers on the meta device")
     held = [x for x in everything if x.is_floating_point()]
     return (held[0].device, held[0].dtype) if held else (torch.device("cpu"), None)
 
 
-def _positional(model: nn.Module) -> int:
-    """How many arguments ``forward`` requires by position, at least 1: so many of a tuple are inputs, the rest are labels."""
-    forward = getattr(model, "_orig_mod", model).forward
-    required = [
-        p
-        for p in inspect.signature(forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    return max(1, len(required))
+def _positional(model: nn.Module) -> int | None:
+    """How many arguments ``forward`` requires by position, at least 1: so many of a tuple are inputs, the rest are labels.
+    ``None``, all of them, if it takes any number."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return max(1, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters))
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """Nested lists, tuples and dictionaries with a function applied to their tensors."""
     if isinstance(value, torch.Tensor):
         return function(value)
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(mapped(function, item) for item in value)
+    if isinstance(value, list | tuple):
+        items = [mapped(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: mapped(function, item) for key, item in value.items()}
     return value
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a model without gradients and uncompiled; afterwards, also after an error, its buffers (BatchNorm's running
-    statistics) and the generators of random numbers (torch's, NumPy's and Python's own) are as before."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def same_generators(model: nn.Module) -> Iterator[None]:
+    """Afterwards, also after an error, the generators of random numbers (torch's, NumPy's and Python's own) are as before."""
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
-    # hooks inside a compiled model do not run
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), eager:
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer  # a forward pass may have put another tensor in its place
-            if not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients and uncompiled, on copies of its buffers; afterwards, also after an error, it has its
+    own (BatchNorm's running statistics), and the generators of random numbers are as before."""
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]  # have no dictionary
+    own_values = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)]
+    modules = [module for module in model.modules() if module not in scripted]
+    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in modules]
+    copies: dict[int, torch.Tensor] = {}
+    # hooks inside a compiled model do not run
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    fast = torch.backends.mha.get_fastpath_enabled()  # which would go round layers, and their hooks
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with same_generators(model), torch.no_grad(), eager:
+            for module in modules:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        with torch.no_grad():
+            for buffer, value in own_values:
+                buffer.copy_(value)
+        for module, own, transient in buffers:
+            module._buffers.clear()
+            module._buffers.update(own)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(transient)
 
 
 @contextmanager
 def hooked(layers: Mapping[str, nn.Module], on_output: OnOutput) -> Iterator[None]:
-    """Call ``on_output(name, layer, output)`` after every call of these layers; a tensor returned replaces the output."""
+    """Call ``on_output(name, layer, y)`` after every call of these layers, y being the first floating tensor of the output; a
+    tensor returned takes its place."""
     with ExitStack() as stack:
         for name, layer in layers.items():
 
             def after(layer: nn.Module, given: Any, output: Any, name: str = name) -> Any:
-                return on_output(name, layer, output)
+                with torch._C.DisableTorchFunction():  # what follows is not the model's doing
+                    y = next((y for _, y in tensors(output) if y.is_floating_point()), None)
+                    new = None if y is None else on_output(name, layer, y)
+                return None if new is None else mapped(lambda x: new if x is y else x, output)
 
             stack.callback(layer.register_forward_hook(after).remove)
         yield
@@ -226,7 +263,8 @@ class _Row:
 
 
 class _Table:
-    """Rows in execution order, gathered over batches, and the calls of the first batch."""
+    """Rows in execution order, gathered over batches, and the calls of the first batch. Not ``strict``, it goes on where
+    numbers are not finite, and spares itself the calls that only theory needs."""
 
     def __init__(self, model: nn.Module, layers: Layers, positions: str, *, strict: bool = True) -> None:
         _check.choice("positions", positions, POSITIONS)
@@ -234,7 +272,8 @@ class _Table:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._model, self._positions, self._strict = model, positions, strict
         self._chosen = _selection(layers)
-        self._modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+        scripted = torch.jit.ScriptModule  # its modules take no hooks
+        self._modules = {name: module for name, module in named_modules(model) if not isinstance(module, scripted)}
         self._hooked: Mapping[str, nn.Module] = weighted_layers(model) if layers is None else self._modules
         self._rows: dict[str, _Row] = {}
         self._calls: list[Call] = []
@@ -246,52 +285,64 @@ class _Table:
         self._units: dict[tuple[int, ...], int] = {}  # dimension of units by shape, of the last output
         self._left_out: dict[str, ValueError] = {}
 
-    def _record(self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor) -> None:
+    def _record(self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor, called: str = "") -> None:
+        """One more output of this name; ``called``, another name that it may be chosen by."""
         self._counts[name] += 1
         row = row_name(name, self._counts[name])
-        with torch._C.DisableTorchFunction():  # what follows is not the model's doing
-            try:
-                dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
-            except MergedInputsError as error:
-                self._left_out[row] = error
-            if row in self._left_out:
-                return
-            try:
-                self._rows.setdefault(row, _Row(kind, y, dims, self._positions)).update(y)
-            except ValueError as error:
-                named = type(error)(f"layer {row!r}: {error}")
-                finite = not isinstance(error, _check.NotFiniteError)
-                if finite or (self._strict and module is not None):
-                    raise named from None
-                del self._rows[row]  # scores of attention under a mask, for example
-                self._left_out[row] = named
-                return
-            self._units[y.shape] = dims[1]
-            if self._recorder is not None:
-                self._recorder.name_row(y, row)
+        if row in self._left_out or not any(self._chosen(x, module) for x in (row, name, called)):
+            return
+        try:
+            dims = dimensions(row, module, y, self._inputs, self._units.get(y.shape))
+            if row not in self._rows:
+                self._rows[row] = _Row(kind, y, dims, self._positions)
+            self._rows[row].update(y)
+        except MergedInputsError as error:
+            self._leave_out(row, error)
+            return
+        except ValueError as error:
+            named = type(error)(f"layer {row!r}: {error}")
+            finite = not isinstance(error, _check.NotFiniteError)
+            if finite or (self._strict and module is not None):
+                raise named from None
+            self._leave_out(row, named)  # scores of attention under a mask, for example
+            return
+        self._units[y.shape] = dims[1]
+        if self._recorder is not None:
+            self._recorder.name_row(y, row)
         if self._hooked is self._modules:
             self._last = y
 
-    def _after_layer(self, name: str, layer: nn.Module, output: Any) -> None:
-        self._record(name, layer, type(layer).__name__, output)
+    def _leave_out(self, row: str, error: ValueError) -> None:
+        self._rows.pop(row, None)
+        self._left_out[row] = error
+
+    def _after_layer(self, name: str, layer: nn.Module, y: torch.Tensor) -> None:
+        self._record(name, layer, type(layer).__name__, y)
 
     def _before_module(self, name: str, module: nn.Module, given: Any) -> None:
         self._stack.append((name, module))
 
-    def _after_module(self, name: str, module: nn.Module, output: Any) -> None:
+    def _after_module(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
         if module is not self._model:
             self._stack.pop()
-        for where, y in tensors(output):
-            seen = not _from_torch(module) and self._last is not None and _same_entries(y, self._last)
-            if self._chosen(name, module) and self._has_row(y) and not seen:
-                self._record(name + where, module, type(module).__name__, y)
+        if output is None or self._recorder is None:  # where it raised, for example
+            return
+        with torch._C.DisableTorchFunction():
+            self._recorder.passed(type(module).__name__, given, output)
+            for where, y in tensors(output):
+                seen = not _from_torch(module) and self._last is not None and _same_entries(y, self._last)
+                if self._recorder.knows(y) and self._has_row(y) and not seen:
+                    self._record(name + where, module, type(module).__name__, y, name)
 
     def _after_call(self, function: str, y: torch.Tensor) -> None:
         name, module = self._stack[-1]
-        if not _from_torch(module):  # a module of torch's own has its row as a whole
-            row = f"{name}/{function}".lstrip("/")
-            if self._chosen(row, None) and self._has_row(y):
-                self._record(row, None, function, y)
+        if not _from_torch(module) and self._has_row(y):  # a module of torch's own has its row as a whole
+            self._record(f"{name}/{function}".lstrip("/"), None, function, y)
+
+    def returned(self, output: Any) -> None:
+        """Take note of what the model returned."""
+        if self._recorder is not None:
+            self._recorder.is_output(output)
 
     def _has_row(self, y: torch.Tensor) -> bool:
         return y.is_floating_point() and y.ndim > 1 and y.numel() > 0 and len(y) == self._inputs
@@ -299,7 +350,7 @@ class _Table:
     def _measure(self, y: torch.Tensor) -> dict[str, float] | None:
         if not self._has_row(y) or self._inputs < 2:
             return None
-        row = _Row("", y, dimensions("", None, y, self._inputs), self._positions)
+        row = _Row("", y, dimensions("", None, y, self._inputs, self._units.get(y.shape)), self._positions)
         try:
             row.update(y)
         except _check.NotFiniteError:  # a mask
@@ -321,8 +372,11 @@ class _Table:
                         if module is not self._model:
                             before = module.register_forward_pre_hook(partial(self._before_module, name))
                             stack.callback(before.remove)
-                stack.enter_context(hooked(self._hooked, self._after_module if everything else self._after_layer))
-                if everything or not self._calls:
+                        after = module.register_forward_hook(partial(self._after_module, name), always_call=True)
+                        stack.callback(after.remove)
+                else:
+                    stack.enter_context(hooked(self._hooked, self._after_layer))
+                if everything or (self._strict and not self._calls):
                     on_call = self._after_call if everything else None
                     self._recorder = stack.enter_context(Recorder(given, self._measure, on_call))
                 yield
@@ -374,7 +428,11 @@ def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
         raise TypeError(f"layers must hold names (with * as a wildcard) or module types, got {wrong or listed}")
     patterns = [x for x in listed if isinstance(x, str)]
     types = tuple(x for x in listed if isinstance(x, type))
-    return lambda name, module: isinstance(module, types) or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    def chosen(name: str, module: nn.Module | None) -> bool:
+        return isinstance(module, types) or any(name == x or (name and fnmatchcase(name, x)) for x in patterns)
+
+    return chosen
 
 
 def _from_torch(module: nn.Module) -> bool:
@@ -390,14 +448,17 @@ def _same_entries(a: torch.Tensor, b: torch.Tensor) -> bool:
 def probe(model: nn.Module, batches: Any, *, layers: Layers = None, positions: str = "samples") -> pd.DataFrame:
     """Measure the decomposition of a model's outputs, in execution order.
 
-    The model runs in the mode it is in (BatchNorm in training mode normalizes by the batch), without
-    gradients, one pass over the batches, in memory that does not grow with their number. A compiled model is run uncompiled.
+    The model runs in the mode it is in (in training mode BatchNorm normalizes by the batch, and the noise of dropout counts
+    as variance), without gradients, one pass over the batches, in memory that does not grow with their number. A compiled
+    model is run uncompiled.
 
     Args:
         model: Any module.
-        batches: A tensor of inputs or a dictionary of arguments by name, or an iterable of tensors, dictionaries and tuples (a
-            ``DataLoader``). Of a tuple, as many items are taken as ``forward`` requires by position, at least the first: the
-            rest are labels. Each is moved to the model's device; inputs lie along the first dimension.
+        batches: A tensor of inputs, a tuple of arguments or a dictionary of them by name, or an iterable of such (a
+            ``DataLoader``; a list is one of batches). Of a tuple, as many items are taken as ``forward`` requires by
+            position, at least the first, or the first alone if it is a dictionary: the rest are labels. Each is moved to the
+            model's device; inputs lie along the first dimension (set ``batch_first`` where a module asks). Padding counts as
+            positions.
         layers: ``None``: the outputs of linear and convolutional layers (``transformers``' ``Conv1D`` too). "all": those of
             every module and of every torch function called in modules not of torch's own (``torch.relu``, ``+``), as far
             as they keep the inputs apart; views have no row. A list selects of these by name, "*" being a wildcard, or
@@ -434,7 +495,7 @@ def probe(model: nn.Module, batches: Any, *, layers: Layers = None, positions: s
     with untouched(model):
         for batch in as_batches(model, batches):
             with table.watching((batch.args, batch.kwargs), batch.inputs):
-                model(*batch.args, **batch.kwargs)
+                table.returned(model(*batch.args, **batch.kwargs))
     return table.frame()
 
 
@@ -446,7 +507,7 @@ class Probe:
     are not finite have no row and a warning: a run that diverges goes on.
 
     Args:
-        model: Any module, not compiled.
+        model: Any module, neither compiled nor called through a compiled wrapper.
         every: Measure steps 0, ``every``, 2 ``every``...
         layers: As in :func:`probe`.
         positions: As in :func:`probe`.
@@ -468,6 +529,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, *, every: int = 1, layers: Layers = None, positions: str = "samples") -> None:
         self._every = _check.integer("every", every)
+        layers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
         self._new = partial(_Table, model, layers, positions, strict=False)
         self._new()  # what is wrong shows now
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
@@ -475,13 +537,14 @@ class Probe:
         self._model, self._steps = model, 0
         self._frames: list[pd.DataFrame] = []
         self._hooks = ExitStack()
-        self._measuring: ExitStack | None = None
+        self._measuring = ExitStack()
 
     def __enter__(self) -> Probe:
         self._hooks.callback(self._model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._measuring.close()  # open still where the forward pass was interrupted
         self._hooks.close()
 
     @property
@@ -493,21 +556,24 @@ class Probe:
         if not torch.is_grad_enabled():
             return
         step, self._steps = self._steps, self._steps + 1
-        (_, first), *_ = tensors((args, kwargs))
-        if step % self._every or len(first) < 2:
+        inputs = next((len(x) for _, x in tensors((args, kwargs)) if x.ndim), 0)
+        if step % self._every or inputs < 2:
             return
-        table, measuring = self._new(), ExitStack()
+        table = self._new()
 
-        def after(model: nn.Module, args: Any, output: Any) -> None:
-            measuring.close()
-            if output is not None:  # as it is where the forward pass raised
-                frame = table.frame()
-                frame.insert(0, "step", step)
-                frame.attrs = {}
-                self._frames.append(frame)
+        def keep(model: nn.Module, args: Any, output: Any) -> None:
+            frame = table.frame()
+            frame.insert(0, "step", step)
+            frame.attrs = {}
+            self._frames.append(frame)
 
-        measuring.enter_context(table.watching((args, kwargs), len(first)))
-        measuring.callback(model.register_forward_hook(after, always_call=True).remove)  # the last hook of the model
+        def close(model: nn.Module, args: Any, output: Any) -> None:
+            self._measuring.close()
+
+        self._measuring.close()
+        self._measuring.enter_context(table.watching((args, kwargs), inputs))
+        for hook, always in ((keep, False), (close, True)):  # the last hooks of the model, the second also where it raises
+            self._measuring.callback(model.register_forward_hook(hook, always_call=always).remove)
 
 
 def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame:

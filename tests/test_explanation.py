@@ -313,6 +313,105 @@ def test_diagnoses_of_scale_and_dead_units() -> None:
     assert "dead units" not in kinds(dying, x)
 
 
+def test_scale_is_judged_between_normalizations() -> None:
+    """And said to be kept only there."""
+    x = gaussian(200, 100)
+    wild = [part for _ in range(8) for part in (nn.Linear(100, 100), nn.ReLU())]
+    for layers in ((*wild, nn.Linear(100, 5)), (nn.LayerNorm(100), *wild, nn.Linear(100, 5))):
+        assert "σ² goes from" in kinds(wide(*layers, variance=1.0), x)["explosion"]
+    normalized = [part for _ in range(3) for part in (nn.Linear(100, 100), nn.LayerNorm(100), nn.ReLU())]
+    found = kinds(wide(*normalized, nn.Linear(100, 5), variance=1.0), x)
+    assert "between normalizations" in found["sound"]
+    assert "explosion" not in found
+
+
+def test_rows_without_a_signal() -> None:
+    x = gaussian(50, 20)
+    last = sv.networks.mlp(20, width=20, depth=3, outputs=2, seed=0)
+    for parameter in last[4].parameters():
+        nn.init.zeros_(parameter)
+    found = kinds(last, x)
+    assert "σ² is 0 at '4'." in found["no signal"]
+    assert "nan" not in " ".join(found.values())
+    for parameter in last[0].parameters():
+        nn.init.zeros_(parameter)
+    found = kinds(last, x)
+    assert "σ² is 0 at '0' and 2 other rows" in found["no signal"]
+    assert found.keys() == {"no signal", "theory"}
+    single = kinds(nn.Sequential(nn.Linear(20, 5), nn.BatchNorm1d(5)), x)
+    assert "nan" not in " ".join(single.values())
+
+
+def test_one_batchnorm_is_not_said_to_stop_what_it_does_not() -> None:
+    model = wide(nn.BatchNorm1d(200), *(part for _ in range(25) for part in (nn.Linear(200, 200), nn.ReLU())), variance=0.01)
+    found = kinds(model, gaussian(100, 200))
+    assert "collapse" in found
+    assert "stops" not in found["BatchNorm"]
+    assert "gradients" not in found
+
+
+def test_units_that_only_seem_dead() -> None:
+    first = nn.Linear(20, 30)
+    nn.init.constant_(first.bias, -100.0)
+    for between in (nn.BatchNorm1d(30), Negated()):
+        assert "dead units" not in kinds(nn.Sequential(first, between, nn.ReLU(), nn.Linear(30, 3)), gaussian(50, 20))
+    pooled = nn.Sequential(first, nn.MaxPool1d(2), nn.ReLU(), nn.Linear(15, 3))
+    assert "dead units" in kinds(pooled, gaussian(50, 20))
+
+
+class Negated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
+def test_a_bias_is_not_blamed_on_the_inputs() -> None:
+    layer = nn.Linear(20, 30)
+    nn.init.constant_(layer.bias, 10.0)
+    assert "its bias is larger" in kinds(layer, gaussian(50, 20))["collapse"]
+
+
+def test_dropout_is_named() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.Dropout(0.3), nn.ReLU(), nn.Linear(30, 3))
+    assert "counts as variance over inputs" in kinds(model, gaussian(50, 20))["dropout"]
+    assert "dropout" not in kinds(model.eval(), gaussian(50, 20))
+
+
+def test_growth_is_that_of_the_model_s_output() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = sv.networks.mlp(50, width=50, depth=20, outputs=5, seed=0)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.body(x), x.square().mean(1, keepdim=True)
+
+    with pytest.warns(UserWarning, match="squared gradients grow some 1e"):
+        sv.init.sample_(Beside(), gaussian(200, 50))
+    leaky = [Call("input"), *(Call(name, (n,)) for n, name in enumerate(["linear", "leaky_relu", "linear"]))]
+    leaky[2].options["slope"] = 0.5
+    assert gradient_growth(leaky) == pytest.approx(
+        sv.theory.maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=0.5)
+    )
+
+
+def test_parts_of_a_table_and_steps_of_a_training_loop() -> None:
+    model = sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0)
+    table = sv.probe(model, gaussian(50, 20))
+    part = sv.explain(table.iloc[2:])
+    assert part.theory.start.tolist() == ["input", "", "", ""]
+    with sv.Probe(model) as probe:
+        for seed in range(2):
+            model(gaussian(50, 20, seed=seed))
+    with pytest.raises(ValueError, match=r"table must be of one step, got 2: choose those rows of sv\.Probe's table"):
+        sv.explain(probe.table)
+    one = sv.explain(probe.table[probe.table.step == 1])
+    assert "no record of the network's calls" in str(one)
+    with pytest.raises(ValueError, match=r"table must have the columns of svlib.probe, got none named \['type', 'inputs'\]"):
+        sv.explain(table.drop(columns=["type", "inputs"]))
+    with pytest.raises(TypeError, match="title must be a string, got int"):
+        sv.report.page(part, title=3, provenance={})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_any_model_is_explained(name: str) -> None:
     model, batch = models.MODELS[name]()

@@ -244,3 +244,79 @@ def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
     sv.init.sample_(residual, batch)  # its shortest way has no ReLU: no warning
     with pytest.raises(ValueError, match="batches must hold the same tensors"):
         sv.init.total_(nn.Linear(4, 2), [{"input": x[:, :4]}, x[:, :4]])
+
+
+def test_compiled_models_are_set() -> None:
+    x = gaussian(200, 20)
+    compiled = torch.compile(sv.networks.mlp(20, width=30, depth=3, outputs=3, seed=0), backend="eager")
+    compiled(x)
+    part = nn.Sequential(nn.Linear(20, 20), torch.compile(nn.Linear(20, 20), backend="eager"))  # type: ignore[call-overload]
+    for model in (compiled, part):
+        table = sv.init.sample_(model, x)  # type: ignore[arg-type]
+        assert set(table.done) == {"set"}
+        np.testing.assert_allclose(table.v2_after, 1, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_autocast_keeps_no_weights_of_before() -> None:
+    model, x = sv.networks.mlp(20, width=30, depth=3, outputs=3, seed=0), 30 * gaussian(200, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        table = sv.init.total_(model, x)
+        with torch.no_grad():
+            within = model(x)
+    np.testing.assert_allclose(table.m2_after + table.v2_after, 1, rtol=0.02)
+    assert float(within.float().square().mean()) == pytest.approx(1, rel=0.05)
+
+
+class Standardized(nn.Linear):
+    """Computes with its weight before it uses it, as weight standardization does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight / self.weight.std(), self.bias)
+
+
+class Whims(nn.Module):
+    """Calls its layer as often as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.counts = nn.Linear(4, 4), iter([1, 2, 2, 1, 2, 2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(next(self.counts)):
+            x = self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(Standardized(4, 4), nn.Linear(4, 4)), "layer '0' must use its weight as it is .* where 1 was set"),
+        (Whims(), "model must call the same layers every time"),
+    ],
+    ids=["computes with its weight", "calls as it likes"],
+)
+def test_what_did_not_come_out_as_set_is_refused(model: nn.Module, message: str) -> None:
+    before = copy.deepcopy(model.state_dict())
+    for initializer in (sv.init.total_, sv.init.sample_):
+        with pytest.raises(ValueError, match=message):
+            initializer(model, 3 * gaussian(50, 4))
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_shared_biases_and_storage_are_set_once() -> None:
+    shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    shared[2].bias = shared[0].bias
+    assert sv.init.sample_(shared, gaussian(50, 4)).done.tolist() == ["set", "left, set as '0'"]
+    storage = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    storage[2].weight.data = storage[0].weight.data
+    assert sv.init.total_(storage, gaussian(50, 4)).done.tolist() == ["set", "left, set as '0'"]
+
+
+def test_models_that_torch_would_speed_up_past_their_layers() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    model.self_attn.requires_grad_(False)
+    padding = torch.zeros(5, 3, dtype=torch.bool)
+    padding[:, 2] = True
+    table = sv.init.sample_(model, {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}, gradients=True)
+    assert table.done.tolist() == ["set", "set"]

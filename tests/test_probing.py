@@ -2,8 +2,10 @@
 
 import copy
 import random
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from itertools import permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -557,6 +559,213 @@ def test_probe_survives_a_forward_pass_that_raises() -> None:
             sv.Probe(model, **arguments)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         sv.Probe(3)  # type: ignore[arg-type]
+
+
+class Holds(nn.Module):
+    """A layer and a function of one's own."""
+
+    def __init__(self, function: Callable[..., Any], **buffers: torch.Tensor | None) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.function(self, *given, **named)
+
+
+def test_inputs_that_a_model_changes_stay() -> None:
+    model, x = Holds(lambda self, x: self.layer(x.mul_(2))), gaussian(9, 4)
+    kept = x.clone()
+    expected = sv.probe(model, x).v2[0]
+    assert sv.probe(model, x).v2[0] == expected
+    sv.init.total_(model, x)
+    assert torch.equal(x, kept)
+    assert sv.probe(model, x).sigma2[0] == pytest.approx(1, rel=1e-5)
+
+
+def test_buffers_of_every_kind_come_back() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.mask, self.wide = torch.ones(3), self.wide + 1
+        self.grown.resize_(7)
+        self.register_buffer("new", torch.ones(2), persistent=False)
+        return self.layer(x) + torch.sparse.mm(self.sparse, x)
+
+    sparse = torch.eye(9).to_sparse()
+    model = Holds(forward, mask=None, wide=torch.tensor(torch.nan).expand(3), grown=torch.ones(4), sparse=sparse)
+    own = dict(model._buffers)
+    sv.probe(model, gaussian(9, 4))
+    assert model._buffers.keys() == own.keys()
+    assert all(model._buffers[name] is buffer for name, buffer in own.items())
+    assert model.grown.shape == (4,)
+    assert not model._non_persistent_buffers_set
+    with pytest.raises(ValueError, match="model must hold numbers, got parameters or buffers on the meta device"):
+        sv.probe(nn.Linear(4, 4, device="meta"), gaussian(9, 4))
+
+
+def test_padding_and_later_batches_take_the_same_way() -> None:
+    """Torch's fast path of transformers goes round layers where it can."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    padding = torch.zeros(5, 3, dtype=torch.bool)
+    padding[:, 2] = True
+    batch = {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}
+    with pytest.warns(UserWarning, match="2 outputs have no row, for they were not called as modules"):
+        tables = [sv.probe(model, [batch] * count) for count in (1, 2)]
+    assert tables[0].name.tolist() == tables[1].name.tolist()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class WithExtra(nn.Linear):
+    """Returns its output and something else, as layers of tensor-parallel libraries do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+def test_batches_and_outputs_of_odd_kinds() -> None:
+    x, mask = gaussian(8, 4), torch.ones(8, 1, dtype=torch.bool)
+    linear = nn.Linear(4, 4)
+    expected = sv.probe(linear, x).v2[0]
+    for batches in ((x, torch.zeros(8)), [({"input": x}, torch.zeros(8))], [[x, torch.zeros(8)]]):
+        assert sv.probe(linear, batches).v2[0] == pytest.approx(expected, rel=1e-9)
+    masked = Holds(lambda self, mask, x: self.layer(x) * mask)
+    assert len(sv.probe(masked, {"mask": mask, "x": x})) == 1
+    named = Holds(lambda self, pair: self.layer(pair.first) + pair.second)
+    pairs = [{"pair": Pair(x[:4], x[:4])}, {"pair": Pair(x[4:], x[4:])}]
+    assert sv.probe(named, pairs).inputs.tolist() == [8]
+    assert sv.init.total_(named, pairs).done.tolist() == ["set"]
+    extra = nn.Sequential(WithExtra(4, 4))
+    assert len(sv.probe(extra, x)) == 1
+    sv.init.sample_(extra, x)
+    assert sv.probe(extra, x).v2[0] == pytest.approx(1, rel=1e-5)
+    assert list(sv.probe_gradients(extra, x, seed=0).gradient2) == [1.0]
+    both = Holds(lambda self, *xs: self.layer(xs[0] + xs[1]))
+    assert sv.probe(both, (x, x)).v2[0] == pytest.approx(float(both.layer(2 * x).detach().double().var(0).mean()), rel=1e-5)
+    with pytest.raises(ValueError, match=r"layer '' must see a batch \(inputs, features\), its output has shape \(4,\)"):
+        sv.probe(linear, list(x))
+
+
+def test_a_row_that_merges_later_is_left_out() -> None:
+    model = Holds(lambda self, x: self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) @ torch.eye(4))
+    with pytest.raises(ValueError, match="must keep the 5 inputs"):
+        sv.probe(model, [gaussian(5, 1, 4), gaussian(5, 2, 4)])
+
+
+def test_all_rows_depend_on_the_inputs_and_can_be_chosen_by_their_names() -> None:
+    computed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU())
+    assert sv.probe(computed, gaussian(6, 4), layers="all").name.tolist() == ["0", "1"]
+    twice = Holds(lambda self, x: (torch.relu(self.layer(self.layer(x))), 1))
+    everything = sv.probe(twice, gaussian(6, 4), layers="all").name.tolist()
+    assert everything == ["layer", "layer (2)", "relu"]
+    for name, rows in (("layer", everything[:2]), ("layer (2)", everything[1:2]), ("relu", everything[2:])):
+        assert sv.probe(twice, gaussian(6, 4), layers=[name]).name.tolist() == rows
+
+    def forgiving(self: Any, x: torch.Tensor) -> torch.Tensor:
+        with suppress(RuntimeError):
+            self.bad(x)
+        return torch.relu(self.layer(x))
+
+    model = Holds(forgiving)
+    model.bad = Failing()
+    assert sv.probe(model, gaussian(6, 4), layers="all").name.tolist() == ["layer", "relu"]
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        scripted = nn.Sequential(torch.jit.script(nn.BatchNorm1d(4)), nn.Linear(4, 4))
+    kept = copy.deepcopy(scripted.state_dict())
+    assert len(sv.probe(scripted, gaussian(6, 4), layers="all"))
+    assert sv.probe(scripted, gaussian(6, 4)).name.tolist() == ["1"]
+    torch.testing.assert_close(scripted.state_dict(), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "unit"),
+    [
+        (nn.LayerNorm([3, 5, 5]), (3, 5, 5), 1),
+        (nn.LayerNorm(5), (3, 5), 2),
+        (nn.BatchNorm1d(3), (3, 5), 1),
+        (nn.GroupNorm(1, 3), (3, 5), 1),
+        (nn.AvgPool1d(1), (3, 5), 1),
+    ],
+    ids=lambda value: str(value) if isinstance(value, nn.Module) else None,
+)
+def test_axes_of_layers(layer: nn.Module, shape: tuple[int, ...], unit: int) -> None:
+    x = gaussian(8, *shape) * torch.arange(1, 4).reshape(3, *[1] * (len(shape) - 1)) + torch.arange(5)
+    table = sv.probe(nn.Sequential(layer, nn.ReLU()), x, layers="all")
+    places = tuple(dim for dim in range(1, x.ndim) if dim != unit)
+    with torch.no_grad():
+        y = layer(x)
+    for row, expected in enumerate((y, y.relu())):
+        assert table.m2[row] == pytest.approx(float(sv.decompose(expected, 0, unit, places).m2), rel=1e-5)
+
+
+def test_probe_in_a_loop_ends_with_its_context_and_takes_any_call() -> None:
+    def interrupted(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.layer(x)
+        raise KeyboardInterrupt
+
+    model = Holds(interrupted)
+    for layers in (None, "all"):
+        with pytest.raises(KeyboardInterrupt), sv.Probe(model, layers=layers) as probe:
+            model(gaussian(5, 4))
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert torch.overrides._get_current_function_mode() is None
+        assert probe.table.empty
+
+    def nothing(self: Any, *given: Any) -> None:
+        self.layer(given[-1])
+
+    silent = Holds(nothing)
+    names = (name for name in ["layer"])
+    with sv.Probe(silent, layers=names) as probe:  # type: ignore[arg-type]
+        silent(5, gaussian(5, 4))
+        silent(torch.tensor(1.0), gaussian(5, 4))
+    assert probe.table.step.tolist() == [0, 1]  # the model returned nothing
+    numbers = Holds(lambda self, count: self.layer(torch.ones(count, 4)))
+    with sv.Probe(numbers) as probe:
+        numbers(5)
+    assert probe.table.empty
+
+
+def test_generators_are_as_before_where_the_loader_draws() -> None:
+    class Draw(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.full((4,), random.random() + float(np.random.random()) + index) + torch.randn(4)
+
+    loader = torch.utils.data.DataLoader(Draw(), batch_size=4, shuffle=True)
+    model = nn.Linear(4, 4)
+    for call in (sv.probe, sv.init.total_, sv.init.sample_):
+        before = {name: value for name, value in state(model).items() if name in ("python", "numpy", "generator")}
+        call(model, loader)
+        after = {name: value for name, value in state(model).items() if name in before}
+        same(before, after)
+
+
+def test_other_modes_see_the_model_only() -> None:
+    class Counts(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    model, x = Holds(lambda self, x: torch.relu(self.layer(x)) / 2.0), gaussian(5, 4)
+    with Counts() as plain:
+        model(x)
+    with Counts() as probed:
+        for batch in sv.probing.as_batches(model, x):
+            args = batch.args
+        before = probed.calls
+        with sv.probing._Table(model, "all", "samples").watching(args, 5):
+            model(*args)
+        assert probed.calls - before <= plain.calls + 2
 
 
 @pytest.mark.gpu
