@@ -50,7 +50,10 @@ _RUN = [
 _MODEL = [
     click.argument("model", metavar="MODEL"),
     click.option(
-        "--input", "given", required=True, help="Shape of one input, for Gaussian noise (3,32,32); digits; or FILE.npy."
+        "--input",
+        "given",
+        required=True,
+        help="Shape of one input, for Gaussian noise (3,32,32); digits; FILE.npy; or FILE.npz, arguments by name.",
     ),
     click.option(
         "--samples", type=click.IntRange(2), default=256, show_default=True, help="Inputs, at most those of the file."
@@ -179,19 +182,21 @@ def train(
 def probe(batch: int, layers: tuple[str, ...], positions: str, page: Path | None, **options: Any) -> None:
     """Measure a model layer by layer, and say what theory expects and what is wrong.
 
-    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one without arguments.
+    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one without arguments. Files may
+    hold float64, which is cast to the model's type; integers stay what they are.
     """
     started = time.perf_counter()
     with _one_line():
         model, inputs = _model(**options)
-        batches = tqdm(torch.split(inputs, batch), desc="probe", unit="batch", disable=None)
+        batches = tqdm(list(_batches(inputs, batch)), desc="probe", unit="batch", disable=None)
         chosen = "all" if layers == ("all",) else list(layers) or None
         explanation = explain(probing.probe(model, batches, layers=chosen, positions=positions))
         click.echo(explanation.layers().to_string(index=False, float_format="{:.3g}".format, na_rep=""))
         click.echo(f"\n{explanation}")
         if page is not None:
             made: dict[str, object] = {"command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])}
-            made |= {"inputs": tuple(inputs.shape), "mode": "training" if model.training else "evaluation"}
+            shapes = {name: tuple(x.shape) for name, x in inputs.items()}
+            made |= {"inputs": shapes.get("", shapes), "mode": "training" if model.training else "evaluation"}
             made |= provenance(torch.device(options["device"]), started)
             write_whole(page, report.page(explanation, title=options["model"], provenance=made).encode())
             click.echo(f"{page}: written")
@@ -212,7 +217,7 @@ def init(method: str, gradients: bool, output: Path, **options: Any) -> None:
             raise ValueError(f"output must not exist, got {output}")
         model, inputs = _model(**options)
         initializer = {"total": repair.total_, "sample": repair.sample_}[method]
-        table = initializer(model, inputs, gradients=gradients)
+        table = initializer(model, _batches(inputs, options["samples"]), gradients=gradients)
         click.echo(table.to_string(index=False, float_format="{:.3g}".format))
         content = io.BytesIO()
         torch.save(model.state_dict(), content)
@@ -236,8 +241,8 @@ def _one_line() -> Iterator[None]:
 
 def _model(
     model: str, given: str, samples: int, seed: int, device: str, checkpoint: Path | None, evaluating: bool
-) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The model, on its device, and its inputs."""
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The model, on its device, and its inputs by name, that of a single one being empty."""
     torch.manual_seed(seed)  # for the weights: this process is the command's own
     where, _, name = model.partition(":")
     if not name:
@@ -250,7 +255,10 @@ def _model(
         net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     if evaluating:
         net.eval()
-    return net.to(_check.device(device)), _inputs(given, samples, seed)
+    dtype = next((x.dtype for x in net.parameters() if x.is_floating_point()), torch.float32)
+    inputs = _inputs(given, samples, seed)
+    cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    return net.to(_check.device(device)), cast
 
 
 def _module(where: str) -> Any:
@@ -265,21 +273,39 @@ def _module(where: str) -> Any:
     return module
 
 
-def _inputs(given: str, samples: int, seed: int) -> torch.Tensor:
+def _batches(inputs: dict[str, torch.Tensor], size: int) -> Iterator[Any]:
+    for first in range(0, len(next(iter(inputs.values()))), size):
+        part = {name: x[first : first + size] for name, x in inputs.items()}
+        yield part.get("", part)
+
+
+def _inputs(given: str, samples: int, seed: int) -> dict[str, torch.Tensor]:
     if given == "digits":
-        return data.digits().images[:samples]
-    if given.endswith(".npy"):
-        array = np.load(given, allow_pickle=False)
-        if array.ndim < 1 or array.dtype.kind not in "iuf":
-            raise ValueError(f"--input must hold numbers, inputs along the first dimension, got {array.dtype} {array.shape}")
-        return torch.from_numpy(array[:samples])
+        return {"": data.digits().images[:samples]}
+    if given.endswith((".npy", ".npz")):
+        read = np.load(given, allow_pickle=False)
+        if given.endswith(".npz"):
+            with read:
+                arrays = dict(read)
+        else:
+            arrays = {"": read}
+        for array in arrays.values():
+            if array.ndim < 1 or array.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"--input must hold numbers, inputs along the first dimension, got {array.dtype} {array.shape}"
+                )
+        if len({len(array) for array in arrays.values()}) != 1:
+            raise ValueError(
+                f"--input must hold arrays of as many inputs each, got { ({k: x.shape for k, x in arrays.items()}) }"
+            )
+        return {name: torch.from_numpy(array[:samples]) for name, array in arrays.items()}
     try:
         shape = [int(size) for size in given.split(",")]
     except ValueError:
         shape = []
     if not shape or min(shape) < 1:
-        raise ValueError(f"--input must be sizes like 3,32,32, digits or a file FILE.npy, got {given!r}")
-    return data.gaussian(samples, *shape, seed=seed)
+        raise ValueError(f"--input must be sizes like 3,32,32, digits or a file FILE.npy or FILE.npz, got {given!r}")
+    return {"": data.gaussian(samples, *shape, seed=seed)}
 
 
 def _run(

@@ -33,6 +33,13 @@ class Tokens(nn.Module):
 def normalized():
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+    def forward(self, x, mask):
+        return self.layer(x) * mask
+
 instance = nn.Linear(6, 3)
 number = 3
 def fails():
@@ -45,6 +52,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models_of_mine.py").write_text(CODE)
     (tmp_path / "sibling.py").write_text("")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 9, (20, 5)))
+    np.save(tmp_path / "doubles.npy", np.random.default_rng(0).normal(size=(20, 6)))
+    mask = np.ones((20, 1), dtype=bool)
+    np.savez(tmp_path / "masked.npz", x=np.random.default_rng(0).normal(size=(20, 6)), mask=mask)
+    np.savez(tmp_path / "uneven.npz", x=np.ones((20, 6)), mask=mask[:3])
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     monkeypatch.chdir(tmp_path)
@@ -79,6 +90,16 @@ def test_probe_equals_the_function() -> None:
     some = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "sc*").output
     assert "scores" in some
     assert "relu" not in some
+
+
+def test_files_of_doubles_and_of_several_arguments() -> None:
+    done = run("probe", "models_of_mine:instance", "--input", "doubles.npy")
+    assert done.exit_code == 0, done.output
+    done = run("probe", "models_of_mine:Masked", "--input", "masked.npz", "--batch", "7", "--html", "page.html")
+    assert done.exit_code == 0, done.output
+    assert "{&#x27;x&#x27;: (20, 6), &#x27;mask&#x27;: (20, 1)}" in Path("page.html").read_text(encoding="utf-8")
+    done = run("init", "models_of_mine:Masked", "--input", "masked.npz", "--output", "masked.pt")
+    assert done.exit_code == 0, done.output
 
 
 class Opens:
@@ -138,12 +159,16 @@ def test_init_writes_weights_that_probe_can_load(method: str) -> None:
         (["models_of_mine:fails", "--input", "3"], 'KeyError: "of the user\'s"'),
         (
             ["models_of_mine:instance", "--input", "3,x"],
-            "--input must be sizes like 3,32,32, digits or a file FILE.npy, got '3,x'",
+            "--input must be sizes like 3,32,32, digits or a file FILE.npy or FILE.npz, got '3,x'",
         ),
         (["models_of_mine:instance", "--input", "0"], "--input must be sizes like 3,32,32"),
         (["models_of_mine:instance", "--input", "no.npy"], "No such file or directory: 'no.npy'"),
         (["models_of_mine:instance", "--input", "objects.npy"], "Object arrays cannot be loaded when allow_pickle=False"),
         (["models_of_mine:instance", "--input", "words.npy"], "--input must hold numbers, inputs along the first dimension"),
+        (
+            ["models_of_mine:Masked", "--input", "uneven.npz"],
+            "--input must hold arrays of as many inputs each, got {'x': (20, 6)",
+        ),
         (["models_of_mine:instance", "--input", "5"], "mat1 and mat2 shapes cannot be multiplied"),
         (["models_of_mine:instance", "--input", "6", "--samples", "1"], "1 is not in the range x>=2"),
         (["models_of_mine:instance", "--input", "6", "--seed", "-1"], "-1 is not in the range x>=0"),
