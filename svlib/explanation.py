@@ -291,16 +291,18 @@ def _scale(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
         before = max((norms[parent] for parent in call.parents), default=0)
         norms.append(before + _normalized([call]))
     passed = {call.row: count for call, count in zip(calls, norms, strict=True)}
-    groups = table.groupby(table.name.map(passed).fillna(0), sort=False)
-    factors = table.sigma2 / groups.sigma2.transform("first")
+    sigma2 = table.sigma2.to_numpy()
+    start: dict[int, int] = {}
+    first = [start.setdefault(passed.get(name, 0), row) for row, name in enumerate(table.name)]
+    factors = sigma2 / sigma2[first]
     found = []
     for kind, row, factor in (
-        ("explosion", int(factors.to_numpy().argmax()), factors.max()),
-        ("loss of scale", int(factors.to_numpy().argmin()), 1 / factors.min()),
+        ("explosion", int(factors.argmax()), factors.max()),
+        ("loss of scale", int(factors.argmin()), 1 / factors.min()),
     ):
         if factor > SCALE:
-            first = table.loc[table.sigma2[row] / factors[row] == table.sigma2].iloc[0]
-            text = f"σ² goes from {first.sigma2:.2g} at {first['name']!r} to {table.sigma2[row]:.2g} at {table.name[row]!r}"
+            begin = first[row]
+            text = f"σ² goes from {sigma2[begin]:.2g} at {table.name[begin]!r} to {sigma2[row]:.2g} at {table.name[row]!r}"
             text += f"{', with no normalization between' if _normalized(calls) else ''}."
             found.append(Finding(kind, text, "sv.init.total_ sets σ² to 1 in every layer."))
     return found
