@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 import yaml
@@ -18,6 +19,7 @@ from svlib import training
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book"))
+import architectures  # noqa: E402
 import claims  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -195,3 +197,15 @@ def test_stored_training_is_what_the_chapter_s_command_makes(data: str, seeds: i
         for name in ("data", "width", "iterations", "batch_size", "momentum", "calibration", "channels_last"):
             assert record.attrs[name] == getattr(experiment, name)
     assert sum(path.stat().st_size for path in (ROOT / "book" / "results").rglob("*.*")) < 5e6
+
+
+def test_stored_architectures_are_the_whole_grid() -> None:
+    table = pd.read_csv(ROOT / "book" / "results" / "architectures.csv")
+    points = pd.DataFrame(architectures.points())
+    pd.testing.assert_frame_equal(table[list(points)], points, check_dtype=False)
+    assert table.loss.notna().mean() > 0.9
+    run = architectures.train("ViT", "as it comes", 1e-3, seed=0, steps=2)
+    assert np.isfinite(run.loss).all()
+    best = architectures.best(table)
+    assert len(best) == len(architectures.ARCHITECTURES) * len(architectures.REPAIRS)
+    assert not best.at_edge.any()
