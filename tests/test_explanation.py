@@ -257,6 +257,7 @@ def test_theory_of_positions() -> None:
         fraction = sv.explain(table).theory.v2_fraction
         assert fraction.iloc[-1] == pytest.approx(1 - r, abs=0.01)
         assert table.v2_fraction.iloc[-1] == pytest.approx(1 - r, abs=0.06)
+        assert sv.explain(table).theory.sigma2.iloc[-1] == pytest.approx(table.sigma2.iloc[-1], rel=0.1)
     pattern = gaussian(300, 4, 4, seed=3)
     norm, conv = nn.BatchNorm2d(300), models.he_(nn.Conv2d(300, 300, 1))
     cases = {
@@ -323,6 +324,11 @@ def test_scale_is_judged_between_normalizations() -> None:
     found = kinds(wide(*normalized, nn.Linear(100, 5), variance=1.0), x)
     assert "between normalizations" in found["sound"]
     assert "explosion" not in found
+    head = nn.Linear(100, 5)
+    behind = wide(nn.Linear(100, 100), nn.LayerNorm(100), head, variance=1.0)
+    with torch.no_grad():
+        head.weight.mul_(1e-3)
+    assert "sound" in kinds(behind, x)  # the norm lies between
 
 
 def test_rows_without_a_signal() -> None:
