@@ -84,9 +84,15 @@ def test_probe_equals_the_function() -> None:
 
     table = sv.probe(models_of_mine.instance, sv.data.gaussian(50, 6, seed=3))
     assert f"{table.v2[0]:.3g}" in shown
-    everything = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "all", "--eval", "--positions", "units")
-    assert "embedding/embedding" in everything.output or "Embedding" in everything.output
-    assert "relu" in everything.output
+    tokens = ("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "all", "--eval", "--positions")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models_of_mine.Tokens().eval()
+    for positions in sv.probing.POSITIONS:
+        shown = run(*tokens, positions).output
+        table = sv.probe(model, torch.from_numpy(np.load("ids.npy")), layers="all", positions=positions)
+        assert table.name.tolist() == ["embedding", "relu", "scores"]
+        assert f"{table.m2[0]:.3g}" in shown
     some = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "sc*").output
     assert "scores" in some
     assert "relu" not in some

@@ -478,9 +478,18 @@ def test_weights_that_are_not_called_are_named() -> None:
 def test_compiled_models_run_uncompiled() -> None:
     model, x = sv.networks.mlp(8, width=16, depth=3, outputs=2, seed=0), gaussian(20, 8)
     plain = sv.probe(model, x)
-    compiled = torch.compile(model, backend="eager")
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
     compiled(x)
+    count = len(graphs)
+    assert count
     pd.testing.assert_frame_equal(sv.probe(compiled, x), plain)  # type: ignore[arg-type]
+    assert len(graphs) == count  # nothing was compiled for it
     with pytest.raises(TypeError, match="model must not be compiled, or hooks inside do not run, got OptimizedModule"):
         sv.Probe(compiled)  # type: ignore[arg-type]
     torch._dynamo.reset()
@@ -606,7 +615,7 @@ def test_buffers_of_every_kind_come_back() -> None:
 def test_padding_and_later_batches_take_the_same_way() -> None:
     """Torch's fast path of transformers goes round layers where it can."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model = nn.TransformerEncoder(layer, 2).eval()
     padding = torch.zeros(5, 3, dtype=torch.bool)
     padding[:, 2] = True
     batch = {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}
