@@ -137,7 +137,8 @@ def explain(table: pd.DataFrame) -> Explanation:
     if "step" in table and table.step.nunique() > 1:
         raise ValueError(f"table must be of one step, got {table.step.nunique()}: choose those rows of sv.Probe's table")
     table = table.reset_index(drop=True)
-    calls = [_here(call, table) for call in table.attrs.get("calls", [])]
+    names, units = set(table.name), table.attrs.get("positions") == "units"
+    calls = [_here(call, names, units) for call in table.attrs.get("calls", [])]
     theory, silent = _theory(table, calls)
     some = table[table.sigma2 > 0].reset_index(drop=True)
     wrong = [*_zero(table), *(found for part in (_scale, _collapse, _dead) if len(some) for found in part(some, calls))]
@@ -150,12 +151,12 @@ def explain(table: pd.DataFrame) -> Explanation:
     return Explanation(table, theory, (*wrong, *rest, *_agreement(table, theory, calls, silent)))
 
 
-def _here(call: Call, table: pd.DataFrame) -> Call:
-    """A call as it stands to this table: its row may have been left out, its positions may count as units."""
-    if call.row not in set(table.name):
+def _here(call: Call, names: set[str], units: bool) -> Call:
+    """A call as it stands to a table: its row may have been left out, its positions may count as units."""
+    if call.row not in names:
         call = replace(call, row=None)
-    if table.attrs.get("positions") != "units":
-        return replace(call, function="add of a pattern over positions") if "pattern" in call.options else call
+    if not units:
+        return replace(call, function=f"{call.function} of a pattern over positions") if "pattern" in call.options else call
     if "positions" in call.options:
         return replace(call, function="batch_norm over positions")
     return replace(call, options=call.options | {"phases": 1.0})  # no two parts of a transposed convolution's kernel meet

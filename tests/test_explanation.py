@@ -262,6 +262,7 @@ def test_theory_of_positions() -> None:
     norm, conv = nn.BatchNorm2d(300), models.he_(nn.Conv2d(300, 300, 1))
     cases = {
         "add of a pattern over positions": (Images(lambda y, conv: conv(y + pattern), conv=conv), noise, "samples"),
+        "mul of a pattern over positions": (Images(lambda y, conv: conv(y * pattern), conv=conv), noise, "samples"),
         "batch_norm over positions": (Images(lambda y, norm, conv: conv(norm(y)), norm=norm, conv=conv), noise, "units"),
         "linear over positions": (
             Images(lambda y, mix: mix(y.flatten(2)), mix=nn.Linear(16, 16)),
