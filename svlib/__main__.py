@@ -113,9 +113,11 @@ def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
 
 @main.command()
 @click.argument("dataset", metavar="DATA", type=click.Choice(training.DATA))
-@click.option("--init", "kinds", type=click.Choice(training.INITIALIZATIONS), multiple=True, help="Repeatable.  [default: all]")
+@click.option("--init", "kinds", type=click.Choice(training.INITIALIZATIONS + training.VARIANTS), multiple=True, help="Repeatable.  [default: total, sample, batchnorm]")
 @click.option("--scale", type=click.Choice(list(training.SCALES)), default="quick", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--width", type=click.IntRange(1), help="Channels of the first layer.  [default: the scale's]")
+@click.option("--iterations", type=click.IntRange(1), help="Steps of SGD.  [default: the scale's]")
 @click.option("--rate", "rates", type=float, multiple=True, help="Learning rate, repeatable.  [default: a grid of five]")
 @click.option(
     "--data", "folder", type=click.Path(path_type=Path), help=f"Folder of the data.  [default: ${data.FOLDER_VARIABLE}]"
@@ -130,6 +132,8 @@ def train(
     kinds: tuple[str, ...],
     scale: str,
     seeds: int,
+    width: int | None,
+    iterations: int | None,
     rates: tuple[float, ...],
     folder: Path | None,
     download: bool,
@@ -157,6 +161,8 @@ def train(
             seeds=seeds,
             initializations=kinds or training.INITIALIZATIONS,
             learning_rates=rates or None,
+            width=width,
+            iterations=iterations,
             mixed_precision=mixed_precision,
         )
         # what is missing shows before the sweep; runs on other data or another device are other points of the store

@@ -57,16 +57,18 @@ _BEYOND = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 Parts = Callable[[Decomposition], tuple[torch.Tensor, torch.Tensor]]
 
 
-def total_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
+def total_(model: nn.Module, batches: Any, *, centred: bool = False, gradients: bool = False) -> pd.DataFrame:
     """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
 
-    Weights and bias are divided by one scalar per layer; the last layer is included. Batches are joined to
+    Weights and bias are divided by one scalar per layer; the last layer is included. With ``centred``, the mean over inputs and
+    units is taken from the biases first. Batches are joined to
     one calibration batch, and one pass sets all layers, each seeing those before it already set. See :mod:`svlib.init` for
     what is set and what is left.
 
     Args:
         model: Any module with weighted layers.
         batches: Calibration inputs, as :func:`svlib.probe` takes them.
+        centred: Subtract one mean per layer, too: another reading of what the paper compares sample init with.
         gradients: Measure squared gradients as well, by a backward pass before and one after.
 
     Returns:
@@ -86,7 +88,8 @@ def total_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Dat
         >>> print((table.m2_after + table.v2_after).round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
     """
-    return _initialize(model, batches, _total, gradients)[0]
+    _check.choice("centred", centred, (True, False))
+    return _initialize(model, batches, _layer if centred else _total, gradients)[0]
 
 
 def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
@@ -141,6 +144,11 @@ def _total(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(()), torch.as_tensor(found.sigma2).sqrt()
 
 
+def _layer(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = torch.as_tensor(found.mean.mean())
+    return mean, (torch.as_tensor(found.sigma2) - mean.square()).sqrt()
+
+
 def _sample(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(found.mean), torch.from_numpy(found.variance).sqrt()
 
@@ -174,7 +182,7 @@ def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -
             raise ValueError(
                 f"layer {name!r} must have positive, finite scales to divide by, got {bad} of {scale.numel()} not so"
             )
-        done[row] = _SET if bias is not None or not shift.ndim else _SET_WITHOUT_BIAS
+        done[row] = _SET if bias is not None or parts is _total else _SET_WITHOUT_BIAS
         set_as.update(dict.fromkeys(storages, name))
         _divide_(layer, scale)
         if bias is None:
@@ -209,10 +217,12 @@ def _initialize(model: nn.Module, batches: Any, parts: Parts, gradients: bool) -
 def _verify(after: pd.DataFrame, parts: Parts) -> None:
     """Refuse what came out otherwise than it was set, as where a module computes with its weight before it uses it."""
     mine = after[after.done.isin([_SET, _SET_WITHOUT_BIAS])]
-    found = mine.sigma2 if parts is _total else mine.v2
+    if parts is _layer:
+        mine = mine[mine.done == _SET]
+    found = mine.v2 if parts is _sample else mine.sigma2
     off = mine[~((found - 1).abs() < _TOLERANCE)]
     if len(off):
-        got = f"{'mean square' if parts is _total else 'sample variance'} {found[off.index[0]]:.3g} where 1 was set"
+        got = f"{'sample variance' if parts is _sample else 'mean square'} {found[off.index[0]]:.3g} where 1 was set"
         raise ValueError(f"layer {off.name.iloc[0]!r} must use its weight as it is and alike every time, got {got}")
 
 

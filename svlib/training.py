@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from svlib.probing import probe, probe_gradients
 CLASSES, MASKS = ("digits", "cifar10"), ("membranes", "micrographs")
 DATA = CLASSES + MASKS
 INITIALIZATIONS = ("total", "sample", "batchnorm")
+VARIANTS = ("layer",)  # total init in its other reading
 CROP = 128  # pixels a side: micrographs are trained on random crops, and held-out ones are cut into tiles
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {  # seconds a run: the whole way, nothing to conclude from
@@ -48,6 +49,15 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
         "cifar10": {"width": 24, "iterations": 800, "calibration": 256, "probed": (100,), "channels_last": True},
         "micrographs": {
             "width": 8, "iterations": 600, "batch_size": 4, "calibration": 32, "probed": (100,), "channels_last": True,
+        },
+    },
+    "overnight": {  # some forty minutes a run on two cores: laptop's networks at a fifth of the paper's iterations
+        "cifar10": {
+            "width": 24, "iterations": 20_000, "calibration": 256, "probed": (100, 1_000, 5_000, 20_000), "channels_last": True,
+        },
+        "micrographs": {
+            "width": 8, "iterations": 10_000, "batch_size": 4, "calibration": 32, "probed": (100, 1_000, 5_000, 10_000),
+            "channels_last": True,
         },
     },
     "paper": {  # a GPU
@@ -70,6 +80,7 @@ _PROBED = 2**18  # pixels: layers are measured on as many held-out images or til
 _LOST = 1e4  # a loss above this has diverged, as one that is not finite
 _LOOK = 50  # iterations between looks at the losses: on a GPU every look waits for it
 _CLOCK = 60.0  # seconds between checkpoints
+_CURVE = 2_000  # points that a record keeps of a curve: means over windows of a longer one
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,8 @@ class Experiment:
     Attributes:
         data: "digits" or "cifar10" (ALL-CNN-C, cross-entropy); "membranes" (U-Net with 2 levels) or "micrographs" (4 levels,
             random crops of 128 pixels), cross-entropy per pixel.
-        initialization: "total", "sample" (He's weights, then :mod:`svlib.init` on a calibration batch) or
-            "batchnorm" (He's weights, BatchNorm before every ReLU).
+        initialization: "total", "sample" (He's weights, then :mod:`svlib.init` on a calibration batch), "batchnorm" (He's
+            weights, BatchNorm before every ReLU) or "layer" (as "total", the mean of each layer subtracted).
         width: Channels of the first layer (published: 96 for ALL-CNN-C, 64 for the U-Net).
         iterations: Steps of SGD.
         batch_size: Images in a step, drawn without replacement, epoch by epoch (micrographs: crops, with replacement).
@@ -110,7 +121,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _check.choice("data", self.data, DATA)
-        _check.choice("initialization", self.initialization, INITIALIZATIONS)
+        _check.choice("initialization", self.initialization, INITIALIZATIONS + VARIANTS)
         for name, minimum in (("width", 1), ("iterations", 1), ("batch_size", 2), ("calibration", 2)):
             object.__setattr__(self, name, _check.integer(name, getattr(self, name), minimum))
         object.__setattr__(self, "learning_rate", _check.real("learning_rate", self.learning_rate, 0, open_low=True))
@@ -244,8 +255,9 @@ def _measure(model: nn.Module, split: data.Split, seed: int, memory_format: torc
     """The decomposition and the gradient, layer by layer, in training mode, and what the held-out data say."""
     count = max(16, _PROBED // split.images[0, 0, :CROP, :CROP].numel())
     images = split.held_out_images[:count].contiguous(memory_format=memory_format)
-    layers, gradients = probe(model, images), probe_gradients(model, images, seed=seed)
-    by_layer = {"name": layers.name, "m2": layers.m2, "v2": layers.v2, "gradient2": gradients.gradient2}
+    layers, units = probe(model, images), probe(model, images, positions="units")
+    by_layer = {"name": layers.name, "m2": layers.m2, "v2": layers.v2, "m2_units": units.m2, "v2_units": units.v2}
+    by_layer["gradient2"] = probe_gradients(model, images, seed=seed).gradient2
     return {name: column.tolist() for name, column in by_layer.items()} | _held_out(model, split, memory_format)
 
 
@@ -289,7 +301,9 @@ def initialized(
     experiment, split, device = _prepare(experiment, folder, device)
     model = _network(experiment, seed).to(device)
     model.to(memory_format=_memory_format(experiment))  # type: ignore[call-overload]  # torch's stubs lack it
-    initializers: dict[str, Callable[..., Any]] = {"total": init.total_, "sample": init.sample_}
+    initializers: dict[str, Callable[..., Any]] = {
+        "total": init.total_, "layer": partial(init.total_, centred=True), "sample": init.sample_,
+    }  # fmt: skip
     if experiment.initialization in initializers:
         calibration = _calibration(experiment, split, seed).contiguous(memory_format=_memory_format(experiment))
         initializers[experiment.initialization](model, calibration)
@@ -298,7 +312,7 @@ def initialized(
 
 @dataclass
 class _State:
-    """How far a run is: what a checkpoint holds. ``model`` and ``optimizer`` are dropped when the run is over."""
+    """How far a run is: what a checkpoint holds, from which a longer run goes on."""
 
     losses: torch.Tensor
     gradient_norms: torch.Tensor
@@ -310,6 +324,11 @@ class _State:
     wall_time: float = 0.0
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
+
+    def lengthen(self, iterations: int) -> None:
+        """Make room for the curves of a longer run."""
+        missing = max(0, iterations - len(self.losses))
+        self.losses, self.gradient_norms = (F.pad(x, (0, missing), value=torch.nan) for x in (self.losses, self.gradient_norms))
 
     def save(self, path: Path) -> None:
         content = io.BytesIO()
@@ -340,7 +359,7 @@ def run(
 ) -> xr.Dataset:
     """Train one network.
 
-    With ``checkpoints``, a run that was killed goes on from its last one and ends, on the same machine with the same number of
+    With ``checkpoints``, a run that was killed goes on from its last one, a longer run from a shorter one's end, and ends, on the same machine with the same number of
     threads, with the same numbers bit for bit: batches depend on seed and iteration alone, and cuDNN is held to deterministic
     algorithms. A point of :func:`svlib.sweep.run` is ``{"experiment": dataclasses.asdict(experiment), "seed": seed}``.
 
@@ -356,9 +375,9 @@ def run(
 
     Returns:
         Dataset with ``loss`` and ``gradient_norm`` (iteration): of each step's batch before the step, the norm over all
-        parameters. At the iterations ``probed`` (0, those asked for, the last): ``m2``, ``v2``, ``gradient2`` (probed, layer),
-        of the outputs of weighted layers on held-out images of 2**18 pixels in training mode (see :func:`svlib.probe` and
-        :func:`svlib.probe_gradients`); ``held_out_loss``, ``held_out_error`` (fraction of wrong images or pixels) and, for
+        parameters; of more than 2,000 iterations, means over windows that begin at ``iteration``. At the iterations ``probed`` (0, those asked for, the last): ``m2``, ``v2``, ``m2_units``, ``v2_units``, ``gradient2`` (probed, layer),
+        of the outputs of weighted layers on held-out images of 2**18 pixels in training mode, positions as samples and
+        as units (see :func:`svlib.probe` and :func:`svlib.probe_gradients`); ``held_out_loss``, ``held_out_error`` (fraction of wrong images or pixels) and, for
         masks, ``held_out_iou`` (intersection over union of membranes) (probed). ``attrs`` hold configuration, seed,
         ``source`` of the data, versions, device, ``wall_time``, ``initialization_seconds``, ``seconds_per_iteration`` and
         ``diverged``: -1, or the iteration at which the run ended, because its loss was not finite or above 10,000 or, where
@@ -389,6 +408,13 @@ def run(
         path = Path(checkpoints) / f"{_identity(experiment, seed, split, device)}.checkpoint"
         path.parent.mkdir(parents=True, exist_ok=True)
         state = _State.load(path, device) if path.exists() else None
+    probed = sorted({0, *experiment.probed, experiment.iterations})
+    if state is not None:
+        state.lengthen(experiment.iterations)
+        passed = [at for at in probed if at < state.iteration and at not in state.measured and state.diverged < 0]
+        if passed:
+            message = f"checkpoints must be of a run that was probed at {passed}, got one that is past it"
+            raise ValueError(f"{message} ({state.iteration}): take another folder")
     started_initialization = time.perf_counter()
     model = initialized(experiment, seed, folder=folder, device=device)
     if state is None:
@@ -400,7 +426,6 @@ def run(
         model.load_state_dict(state.model)
         optimizer.load_state_dict(state.optimizer)
     batches = _batches(experiment, split, seed, state.iteration)
-    probed = sorted({0, *experiment.probed, experiment.iterations})
     stops = sorted({*probed, *range(0, experiment.iterations, _LOOK)})
     saved = time.perf_counter()
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
@@ -415,7 +440,7 @@ def run(
                         raise
                     state.diverged = state.iteration
                     break
-            if state.iteration == experiment.iterations:
+            if state.iteration >= experiment.iterations:
                 break
             if path and time.perf_counter() - saved >= every:
                 state.model, state.optimizer = model.state_dict(), optimizer.state_dict()
@@ -423,7 +448,7 @@ def run(
                 state.save(path)
             stop = next(stop for stop in stops if stop > state.iteration)
             _steps(experiment, model, optimizer, itertools.islice(batches, stop - state.iteration), state, bar)
-    state.model, state.optimizer, state.wall_time = None, None, time.perf_counter() - started
+    state.model, state.optimizer, state.wall_time = model.state_dict(), optimizer.state_dict(), time.perf_counter() - started
     if path:
         try:
             state.save(path)
@@ -433,8 +458,9 @@ def run(
 
 
 def _identity(experiment: Experiment, seed: int, split: data.Split, device: torch.device) -> str:
-    """A name for all that a run's numbers depend on."""
-    text = json.dumps([asdict(experiment), seed, split.source, version("svlib"), str(torch.__version__), device.type])
+    """A name for all that a run's numbers depend on: not on how long it is, nor on when it is looked at."""
+    common = {name: value for name, value in asdict(experiment).items() if name not in ("iterations", "probed")}
+    text = json.dumps([common, seed, split.source, version("svlib"), str(torch.__version__), device.type])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -467,15 +493,24 @@ def _steps(
 
 def _record(experiment: Experiment, seed: int, split: data.Split, state: _State, probed: list[int]) -> xr.Dataset:
     series = {"loss": state.losses.cpu().numpy(), "gradient_norm": state.gradient_norms.cpu().numpy()}
-    done = state.iteration if state.diverged < 0 else state.diverged
-    for values in series.values():
-        values[done:] = np.nan
+    length = experiment.iterations  # of a run that may have gone on beyond
+    diverged = state.diverged if state.diverged < length or length not in state.measured else -1
+    done = length if diverged < 0 else diverged
+    starts = np.arange(0, length, -(-length // _CURVE))
+    for name, values in series.items():
+        curve = values[:length].astype(np.float64)
+        curve[done:] = np.nan
+        series[name] = (np.add.reduceat(curve, starts) / np.diff(starts, append=length)).astype(np.float32)
     first = state.measured[0]
-    kept = [state.measured.get(at, {}) if state.diverged < 0 or at < done else {} for at in probed]
-    per_layer = {name: [found.get(name, [np.nan] * len(first["name"])) for found in kept] for name in ("m2", "v2", "gradient2")}
-    scalars = {name: [found.get(name, np.nan) for found in kept] for name in first if name.startswith("held_out")}
+    kept = [state.measured.get(at, {}) if diverged < 0 or at < done else {} for at in probed]
+    scalars, per_layer = {}, {}
+    for name, values in first.items():
+        if name.startswith("held_out"):
+            scalars[name] = [found.get(name, np.nan) for found in kept]
+        elif name != "name":
+            per_layer[name] = [found.get(name, [np.nan] * len(values)) for found in kept]
     attributes = asdict(experiment) | {
-        "probed": list(probed), "seed": seed, "source": split.source, "diverged": state.diverged,
+        "probed": list(probed), "seed": seed, "source": split.source, "diverged": diverged,
         "initialization_seconds": round(state.initialization_seconds, 4),
         "seconds_per_iteration": round(state.seconds / max(1, state.iteration), 6),
     }  # fmt: skip
@@ -485,7 +520,7 @@ def _record(experiment: Experiment, seed: int, split: data.Split, state: _State,
         {name: ("iteration", values) for name, values in series.items()}
         | {name: (("probed", "layer"), values) for name, values in per_layer.items()}
         | {name: ("probed", values) for name, values in scalars.items()},
-        coords={"iteration": np.arange(experiment.iterations), "probed": probed, "layer": first["name"]},
+        coords={"iteration": starts, "probed": probed, "layer": first["name"]},
         attrs=attributes,
     )
 
@@ -497,16 +532,21 @@ def grid(
     seeds: int = 3,
     initializations: Iterable[str] = INITIALIZATIONS,
     learning_rates: Iterable[float] | None = None,
+    width: int | None = None,
+    iterations: int | None = None,
     mixed_precision: bool = False,
 ) -> list[dict[str, Any]]:
     """Points of a comparison for :func:`svlib.sweep.run` with :func:`run`: every initialization at every rate, seed by seed.
 
     Args:
         data: As in :class:`Experiment`.
-        scale: "quick" (seconds a run), "laptop" (CIFAR-10 and micrographs: a minute a run on two cores) or "paper" (a GPU).
+        scale: "quick" (seconds a run); of CIFAR-10 and micrographs also "laptop" (a minute or two a run on two cores),
+            "overnight" (about an hour) and "paper" (a GPU).
         seeds: Number of seeds, from 0.
         initializations: Some of total, sample, batchnorm.
         learning_rates: The grid; ``None`` takes the five of ``LEARNING_RATES``.
+        width: Channels of the first layer; ``None`` takes the scale's.
+        iterations: Steps of SGD; ``None`` takes the scale's. Where fewer, what was to be probed behind them is not.
         mixed_precision: As in :class:`Experiment`.
 
     Raises:
@@ -518,7 +558,12 @@ def grid(
         45
     """
     _check.choice("data", data, DATA)
-    settings = SCALES[_check.choice("scale", scale, [name for name, sizes in SCALES.items() if data in sizes])][data]
+    settings = dict(SCALES[_check.choice("scale", scale, [name for name, sizes in SCALES.items() if data in sizes])][data])
+    if width is not None:
+        settings["width"] = width
+    if iterations is not None:
+        last = settings["iterations"] = _check.integer("iterations", iterations)
+        settings["probed"] = tuple(at for at in settings.get("probed", ()) if at <= last)
     rates = LEARNING_RATES[data] if learning_rates is None else tuple(learning_rates)
     return [
         {
@@ -556,6 +601,6 @@ def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
         for record in listed
     ]
     joined = xr.merge(parts, join="outer", compat="no_conflicts")
-    joined = joined.sel(initialization=[kind for kind in INITIALIZATIONS if kind in joined.initialization])
+    joined = joined.sel(initialization=[kind for kind in INITIALIZATIONS + VARIANTS if kind in joined.initialization])
     common = {name: x for name, x in listed[0].attrs.items() if all(np.array_equal(x, r.attrs[name]) for r in listed)}
     return joined.assign_attrs(common | {"wall_time": float(joined.wall_time.sum())})
