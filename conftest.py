@@ -10,4 +10,6 @@ ROOT = Path(__file__).parent
 def pytest_configure(config: pytest.Config) -> None:
     # an option in pyproject.toml would be a path relative to the folder pytest is called from
     if config.pluginmanager.hasplugin("nbval"):
-        config.option.nbval_sanitize_with = config.option.nbval_sanitize_with or str(ROOT / "tests/nbval-sanitize.cfg")
+        config.option.nbval_sanitize_with = config.option.nbval_sanitize_with or str(
+            ROOT / "tests/nbval-sanitize.cfg"
+        )

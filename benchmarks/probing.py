@@ -1,8 +1,8 @@
 """What probing costs: ``python benchmarks/probing.py [overhead] [watch] [memory]``.
 
-Needs the extra ``models`` (transformers). overhead: time of ``probe`` over that of a bare forward pass, alternating in one
-run. watch: time of training steps under ``Probe`` over that of bare ones. memory: high-water marks, each case in a process
-of its own.
+Needs the extra ``models`` (transformers). overhead: time of ``probe`` over that of a bare forward
+pass, alternating in one run. watch: time of training steps under ``Probe`` over that of bare ones.
+memory: high-water marks, each case in a process of its own.
 """
 
 import os
@@ -31,7 +31,9 @@ def resnet50() -> tuple[nn.Module, Callable[[int, int], Any]]:
 def gpt2() -> tuple[nn.Module, Callable[[int, int], Any]]:
     from transformers import GPT2Config, GPT2Model
 
-    return GPT2Model(GPT2Config()), lambda inputs, seed: {"input_ids": tokens(inputs, 256, 50257, seed)}
+    return GPT2Model(GPT2Config()), lambda inputs, seed: {
+        "input_ids": tokens(inputs, 256, 50257, seed)
+    }
 
 
 MODELS = {"ResNet-50, 3 x 224 x 224": resnet50, "GPT-2 small, 256 tokens": gpt2}
@@ -68,7 +70,9 @@ def overhead() -> None:
             seconds = np.array([[run(case, model, batches) for case in cases] for _ in range(7)])
             ratios = seconds[:, 1:] / seconds[:, :1]
             told = zip(cases[1:], np.median(ratios, 0), ratios.min(0), ratios.max(0), strict=True)
-            text = ", ".join(f"{case} {median:.2f} ({low:.2f} to {high:.2f})" for case, median, low, high in told)
+            text = ", ".join(
+                f"{case} {median:.2f} ({low:.2f} to {high:.2f})" for case, median, low, high in told
+            )
             print(
                 f"{name}, {count} x {inputs} inputs, forward {np.median(seconds[:, 0]):.2f} s; times over it: {text}",
                 flush=True,
@@ -98,7 +102,9 @@ def watch() -> None:
         seconds.append(row)
     ratios = np.array(seconds)[:, 1:] / np.array(seconds)[:, :1]
     for every, found in zip((1, 10, 100), ratios.T, strict=True):
-        print(f"Probe every {every} steps: {np.median(found):.3f} ({found.min():.3f} to {found.max():.3f}) of the bare time")
+        print(
+            f"Probe every {every} steps: {np.median(found):.3f} ({found.min():.3f} to {found.max():.3f}) of the bare time"
+        )
 
 
 def memory(case: str = "") -> None:
@@ -124,7 +130,9 @@ def memory(case: str = "") -> None:
     else:
         sv.probe(model, batches())
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{name}, {kind}, {count} batches of {inputs}: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} above the model")
+    print(
+        f"{name}, {kind}, {count} batches of {inputs}: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} above the model"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How fast the simulation is, against a plain torch loop in the same run; how much memory it takes.
 
-``python benchmarks/simulation.py [speed] [factors] [figure] [angles] [memory]``, all by default, some five minutes on
-two cores. Times are medians over alternating repetitions; compare the ratios, the machine's speed varies.
+``python benchmarks/simulation.py [speed] [factors] [figure] [angles] [memory]``, all by default,
+some five minutes on two cores. Times are medians over alternating repetitions; compare the ratios,
+the machine's speed varies.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def speed() -> None:
         )
         per = [1e3 * loop / few / depth, 1e3 * ours / networks / depth]
         method = sv.simulate(width, 0, networks=1, samples=samples, seed=0).attrs["method"]
-        print(f"N = {width:4} S = {samples}: plain {per[0]:7.3f}  {method:7} {per[1]:7.3f}  ratio {per[0] / per[1]:5.1f}")
+        print(
+            f"N = {width:4} S = {samples}: plain {per[0]:7.3f}  {method:7} {per[1]:7.3f}  ratio {per[0] / per[1]:5.1f}"
+        )
 
 
 def factors() -> None:
@@ -69,11 +72,16 @@ def factors() -> None:
             lambda: simulation.factor(collinear),  # noqa: B023
         )
         names = ("Cholesky, checked", "QR", "both, where the check fails")
-        print(f"N = {width:4} S = {samples}:", ", ".join(f"{n} {200 * t:.2f}" for n, t in zip(names, times, strict=True)))
+        print(
+            f"N = {width:4} S = {samples}:",
+            ", ".join(f"{n} {200 * t:.2f}" for n, t in zip(names, times, strict=True)),
+        )
 
 
 def figure() -> None:
-    times = {w: sv.simulate(w, 49, networks=100, samples=256, seed=0).attrs["wall_time"] for w in FIGURE}
+    times = {
+        w: sv.simulate(w, 49, networks=100, samples=256, seed=0).attrs["wall_time"] for w in FIGURE
+    }
     parts = ", ".join(f"{width}: {seconds:.1f}" for width, seconds in times.items())
     print(f"the paper's figure, 100 networks, 256 inputs: {sum(times.values()):.0f} s ({parts})")
 
@@ -81,7 +89,9 @@ def figure() -> None:
 def angles() -> None:
     few = 3
     ours, loop = seconds(
-        lambda: sv.simulate_angles(256, 32, angle=0.1, networks=5000, seed=0), lambda: plain(256, 2, 32, few), repetitions=3
+        lambda: sv.simulate_angles(256, 32, angle=0.1, networks=5000, seed=0),
+        lambda: plain(256, 2, 32, few),
+        repetitions=3,
     )
     print(
         f"angles, 256 units, 32 layers, 5000 networks: {ours:.2f} s; with weights {loop / few * 5000:.0f} s from {few} networks"
@@ -92,14 +102,25 @@ def memory() -> None:
     """In processes of their own; Linux only, for the high-water mark."""
     peak = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     for networks in (0, 5, 50, 200):
-        call = f"svlib.simulate(3000, 5, networks={networks}, samples=256, seed=0);" if networks else ""
-        done = subprocess.run(
-            [sys.executable, "-c", f"import svlib; {call} {peak}"], capture_output=True, text=True, check=True
+        call = (
+            f"svlib.simulate(3000, 5, networks={networks}, samples=256, seed=0);"
+            if networks
+            else ""
         )
-        print(f"peak resident size, N = 3000, S = 256, {networks:3} networks: {int(done.stdout) // 1024} MiB")
+        done = subprocess.run(
+            [sys.executable, "-c", f"import svlib; {call} {peak}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        print(
+            f"peak resident size, N = 3000, S = 256, {networks:3} networks: {int(done.stdout) // 1024} MiB"
+        )
 
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in sys.argv[1:] or ("speed", "factors", "figure", "angles", "memory"):
-        {"speed": speed, "factors": factors, "figure": figure, "angles": angles, "memory": memory}[name]()
+        {"speed": speed, "factors": factors, "figure": figure, "angles": angles, "memory": memory}[
+            name
+        ]()

@@ -1,36 +1,62 @@
 """svlib: what a network does to the variance over its inputs, what theory says, and the repair.
 
-The total variance of preactivations is sigma^2 = m^2 + v^2: squared sample mean and sample variance. He's
-initialization keeps sigma^2, and v^2 decays with depth (Luther & Seung, arXiv:1902.04942).
+The total variance of preactivations is sigma^2 = m^2 + v^2: squared sample mean and sample
+variance. He initialization preserves sigma^2, and v^2 decays with depth (Luther & Seung,
+arXiv:1902.04942). Names are imported on first use, so that ``import svlib`` costs little.
 """
 
-from svlib import data, explanation, init, networks, plot, report, sweep, theory, training
-from svlib.angles import simulate_angles
-from svlib.explanation import Explanation, explain
-from svlib.moments import Decomposition, Moments, decompose
-from svlib.probing import Probe, probe, probe_gradients
-from svlib.simulation import sample_preactivations, simulate, summarize
+from importlib import import_module as _import
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Decomposition",
-    "Explanation",
-    "Moments",
-    "Probe",
-    "data",
-    "decompose",
-    "explain",
-    "explanation",
-    "init",
-    "networks",
-    "plot",
-    "probe",
-    "probe_gradients",
-    "report",
-    "sample_preactivations",
-    "simulate",
-    "simulate_angles",
-    "summarize",
-    "sweep",
-    "theory",
-    "training",
-]
+if TYPE_CHECKING:  # the same names once more, for editors and type checkers
+    from svlib import plot as plot
+    from svlib import sweep as sweep
+    from svlib import theory as theory
+    from svlib.experiments import data as data
+    from svlib.experiments import networks as networks
+    from svlib.experiments import training as training
+    from svlib.moments import Decomposition as Decomposition
+    from svlib.moments import Moments as Moments
+    from svlib.moments import decompose as decompose
+    from svlib.pairs import simulate_angles as simulate_angles
+    from svlib.probing import explanation as explanation
+    from svlib.probing import init as init
+    from svlib.probing import report as report
+    from svlib.probing.explanation import Explanation as Explanation
+    from svlib.probing.explanation import explain as explain
+    from svlib.probing.probe import Probe as Probe
+    from svlib.probing.probe import probe as probe
+    from svlib.probing.probe import probe_gradients as probe_gradients
+    from svlib.simulation import sample_preactivations as sample_preactivations
+    from svlib.simulation import simulate as simulate
+    from svlib.simulation import summarize as summarize
+
+_MODULES = {  # room: modules that are reached by their own name
+    "svlib": ["plot", "sweep", "theory"],
+    "svlib.experiments": ["data", "networks", "training"],
+    "svlib.probing": ["explanation", "init", "report"],
+}
+_NAMES = {  # module: its names that svlib has too
+    "svlib.moments": ["Decomposition", "Moments", "decompose"],
+    "svlib.pairs": ["simulate_angles"],
+    "svlib.simulation": ["sample_preactivations", "simulate", "summarize"],
+    "svlib.probing.probe": ["Probe", "probe", "probe_gradients"],
+    "svlib.probing.explanation": ["Explanation", "explain"],
+}
+__version__ = _version("svlib")
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _MODULES.items():
+        if name in names:
+            return _import(f"{room}.{name}")
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(_import(module), name)
+    raise AttributeError(f"module 'svlib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    listed = [name for names in (*_MODULES.values(), *_NAMES.values()) for name in names]
+    return sorted([*listed, "__version__"])

@@ -53,7 +53,9 @@ def real(
 def choice(name: str, value: Any, accepted: Collection[Any]) -> Any:
     """Return the one of ``accepted`` that equals ``value``."""
     for option in accepted:
-        if value is option or (isinstance(option, str) and isinstance(value, str) and value == option):
+        if value is option or (
+            isinstance(option, str) and isinstance(value, str) and value == option
+        ):
             return option
     raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
 
@@ -63,7 +65,9 @@ def activation(name: Any, negative_slope: Any, accepted: Collection[str]) -> flo
     choice("activation", name, accepted)
     slope = real("negative_slope", negative_slope, -1000, 1000)
     if slope != 0 and name != "leaky_relu":
-        raise ValueError(f"negative_slope must be 0 unless activation is 'leaky_relu', got {slope} with {name!r}")
+        raise ValueError(
+            f"negative_slope must be 0 unless activation is 'leaky_relu', got {slope} with {name!r}"
+        )
     return slope
 
 
@@ -99,11 +103,15 @@ def numbers(name: str, value: Any) -> torch.Tensor:
         try:
             array = np.asarray(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{name} must be an array or tensor of real numbers, got {type(value).__name__}: {error}") from None
+            raise TypeError(
+                f"{name} must be an array or tensor of real numbers, got {type(value).__name__}: {error}"
+            ) from None
         real_numbers, kind = array.dtype.kind in "iuf", f"{type(value).__name__} of {array.dtype}"
         if real_numbers:
             single = array.dtype == np.float32
-            tensor = torch.from_numpy(np.array(array, dtype=np.float32 if single else np.float64, order="C"))
+            tensor = torch.from_numpy(
+                np.array(array, dtype=np.float32 if single else np.float64, order="C")
+            )
     if not real_numbers:
         raise TypeError(f"{name} must be an array or tensor of real numbers, got {kind}")
     return tensor
@@ -114,5 +122,7 @@ def floating(name: str, value: Any) -> torch.Tensor:
     tensor = numbers(name, value)
     finite = torch.isfinite(tensor)
     if not finite.all():
-        raise NotFiniteError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries")
+        raise NotFiniteError(
+            f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries"
+        )
     return tensor

@@ -38,6 +38,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise type(error)(error.errno, f"{error.strerror}; {len(content):,} bytes were to be written", str(path)) from None
+        raise type(error)(
+            error.errno, f"{error.strerror}; {len(content):,} bytes were to be written", str(path)
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)

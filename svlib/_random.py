@@ -11,10 +11,13 @@ import torch
 from svlib import _check
 
 
-def stream(seed: int, purpose: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+def stream(
+    seed: int, purpose: str, index: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A torch generator for (seed, purpose, index), independent of those for other triples.
 
-    Torch's generator on the CPU keeps 32 bits of its seed: of 10,000 streams two are equal with a probability of 1 %.
+    Torch's generator on the CPU keeps 32 bits of its seed: of 10,000 streams two are equal with a
+    probability of 1 %.
     """
     entropy = [_check.integer("seed", seed, 0), zlib.crc32(purpose.encode()), index]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]

@@ -1,8 +1,8 @@
 """The decomposition sigma^2 = m^2 + v^2 of preactivations, unbiased in a finite number of inputs.
 
 For one fixed network and one unit, m is the mean and v^2 the variance of the unit's preactivation
-over inputs. The paper (Luther & Seung, arXiv:1902.04942, section 2) calls them sample mean and sample
-variance, and averages both squares over units and networks.
+over inputs. The paper (Luther & Seung, arXiv:1902.04942, section 2) calls them sample mean and
+sample variance, and averages both squares over units and networks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from svlib import _check
 
 Array = NDArray[np.float64]
 
-# Entries at a time: what a processor's cache holds (several times faster than whole tensors); on CUDA 64 or 128 MB
+# Entries at a time: what a processor's cache holds (several times faster than whole tensors); on
+# CUDA 64 or 128 MB
 _ENTRIES = {False: 2**18, True: 2**24}
 
 
@@ -33,14 +34,16 @@ def _divide(numerator: Array, denominator: Array) -> Array:
 class Decomposition:
     """Sample mean and sample variance of every unit, and their averages over units.
 
-    All arrays are NumPy float64. ``mean``, ``squared_mean``, ``variance`` and ``largest`` have the kept dimensions
-    of the input followed by the units; the averages have the kept dimensions only (none gives 0-d).
+    All arrays are NumPy float64. ``mean``, ``squared_mean``, ``variance`` and ``largest`` have the
+    kept dimensions of the input followed by the units; the averages have the kept dimensions only
+    (none gives 0-d).
 
     Attributes:
         mean: Sample mean of each unit.
         squared_mean: Unbiased estimate of each unit's squared sample mean. It can be negative.
         variance: Unbiased sample variance of each unit.
-        largest: Largest preactivation of each unit. Where it is not positive, a ReLU behind the unit passes nothing.
+        largest: Largest preactivation of each unit. Where it is not positive, a ReLU behind the
+            unit passes nothing.
         inputs: Number of inputs S.
     """
 
@@ -106,12 +109,16 @@ class Moments:
         9.0 4.0
     """
 
-    def __init__(self, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()
+    ) -> None:
         if not isinstance(position_dims, tuple | list):
             raise TypeError(f"position_dims must be a tuple of integers, got {position_dims!r}")
         names = ["sample_dim", "unit_dim", *["position_dims"] * len(position_dims)]
         dims = (sample_dim, unit_dim, *position_dims)
-        self._dims = tuple(_check.integer(name, dim, -64) for name, dim in zip(names, dims, strict=True))
+        self._dims = tuple(
+            _check.integer(name, dim, -64) for name, dim in zip(names, dims, strict=True)
+        )
         self._inputs = 0
         self._mean: torch.Tensor  # (*kept, units), mean over inputs of the position means
         self._within: torch.Tensor  # sum over inputs of the position mean of (y - mean)^2
@@ -151,7 +158,9 @@ class Moments:
         chunk._within = within if positions == 1 else within + chunk._between
         if not torch.isfinite(chunk._within + chunk._mean.square()).all():
             peak = float(_check.floating("y", y).abs().max())  # NaN or infinity has its own message
-            raise _check.NotFiniteError(f"y must have squares that float64 can hold, got entries up to {peak:.3g}")
+            raise _check.NotFiniteError(
+                f"y must have squares that float64 can hold, got entries up to {peak:.3g}"
+            )
         return self.merge(chunk)
 
     def merge(self, other: Moments) -> Moments:
@@ -169,10 +178,16 @@ class Moments:
             return self
         if self._inputs == 0:
             self._inputs, self._mean = other._inputs, other._mean
-            self._within, self._between, self._largest = other._within, other._between, other._largest
+            self._within, self._between, self._largest = (
+                other._within,
+                other._between,
+                other._largest,
+            )
             return self
         if self._mean.shape != other._mean.shape:
-            raise ValueError(f"every chunk must have units of shape {tuple(self._mean.shape)}, got {tuple(other._mean.shape)}")
+            raise ValueError(
+                f"every chunk must have units of shape {tuple(self._mean.shape)}, got {tuple(other._mean.shape)}"
+            )
         inputs = self._inputs + other._inputs
         step = other._mean - self._mean
         shift = step.square() * (self._inputs * other._inputs / inputs)
@@ -203,7 +218,9 @@ class Moments:
 
 def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, sum of squares about it, and largest entry, along the last dimension, in float64."""
-    shift = y[..., :1].to(torch.float64)  # of the size of the mean, so that digits survive where the mean is large
+    shift = y[..., :1].to(
+        torch.float64
+    )  # of the size of the mean, so that digits survive where the mean is large
     sums, squares = (torch.empty_like(shift[..., 0]) for _ in range(2))
     largest = y.new_empty(y.shape[:-1])
     rows, columns = (max(1, _ENTRIES[y.is_cuda] // part.numel()) for part in (y[0], y[0, 0]))
@@ -221,11 +238,14 @@ def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             else:  # where a norm is slow
                 torch.sum(z.mul_(z), -1, out=squares[at])
     means = sums / y.shape[-1]
-    # the shift is one of the entries, so the square subtracted is at most as many times what is left as there are entries
+    # the shift is one of the entries, so the square subtracted is at most as many times what is
+    # left as there are entries
     return shift[..., 0] + means, (squares - sums * means).clamp_(min=0), largest.to(torch.float64)
 
 
-def decompose(y: Any, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()) -> Decomposition:
+def decompose(
+    y: Any, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()
+) -> Decomposition:
     """Split the mean square of preactivations into m^2 and v^2 (the paper's equation for sigma^2).
 
     Args:
@@ -272,14 +292,16 @@ class RaySplit:
 def split_along_ray(y: Any) -> RaySplit:
     r"""Split v^2 into a part across and a part along the common ray of the inputs.
 
-    The ray is the direction :math:`u` of the sample mean, a vector over units. With :math:`S` inputs and :math:`N` units
+    The ray is the direction :math:`u` of the sample mean, a vector over units. With :math:`S`
+    inputs and :math:`N` units
 
     .. math::
         v^2_\mathrm{radial}=\frac{1}{N(S-1)}\sum_a\big((y_a-\bar y)\cdot u\big)^2,
         \qquad v^2_\mathrm{angular}=v^2-v^2_\mathrm{radial},
 
-    the latter computed from the remainders, so that it keeps its digits where it is small. Arithmetic has the precision
-    of ``y``, sums over inputs are float64. Where the mean is 0 there is no ray and all of v^2 is angular.
+    the latter computed from the remainders, so that it keeps its digits where it is small.
+    Arithmetic has the precision of ``y``, sums over inputs are float64. Where the mean is 0 there
+    is no ray and all of v^2 is angular.
 
     Args:
         y: Array or tensor (..., inputs, units), at least 2 inputs.
@@ -294,7 +316,9 @@ def split_along_ray(y: Any) -> RaySplit:
     """
     y = _check.floating("y", y)
     if y.ndim < 2 or y.shape[-2] < 2 or y.numel() == 0:
-        raise ValueError(f"y must have shape (..., inputs, units) with at least 2 inputs, got {tuple(y.shape)}")
+        raise ValueError(
+            f"y must have shape (..., inputs, units) with at least 2 inputs, got {tuple(y.shape)}"
+        )
     peak = y.abs().max()  # squares might overflow otherwise
     unit = _split_along_ray(y / torch.where(peak > 0, peak, 1))
     return RaySplit(*(x * float(peak) ** 2 for x in (unit.m2, unit.angular, unit.radial)))
@@ -308,6 +332,8 @@ def _split_along_ray(y: torch.Tensor) -> RaySplit:
     centred = y - mean
     along = centred @ ray.mT
     across = torch.linalg.vector_norm(centred.addcmul_(along, ray, value=-1), dim=-1, keepdim=True)
-    radial, angular = (x.double().square().sum((-2, -1)) / (units * (inputs - 1)) for x in (along, across))
+    radial, angular = (
+        x.double().square().sum((-2, -1)) / (units * (inputs - 1)) for x in (along, across)
+    )
     m2 = length[..., 0, 0].double().square() / units - (radial + angular) / inputs
     return RaySplit(*(x.cpu().numpy() for x in (m2, angular, radial)))

@@ -1,9 +1,10 @@
 r"""Two inputs through random networks of finite width: their angle, accurate however small.
 
-Given the activations of two inputs, only their lengths and their angle matter for the next layer. With standard normal
-vectors :math:`g_1,g_2` of N units the next are :math:`\phi(g_1)` and :math:`\phi(g_1\cos\theta+g_2\sin\theta)`, each times a
-length. This is the gram method for S = 2. What the second has beside :math:`\cos\theta\,\phi(g_1)` is formed in units of
-:math:`\sin\theta`, so that no digit of a small angle is lost.
+Given the activations of two inputs, only their lengths and their angle matter for the next layer.
+With standard normal vectors :math:`g_1,g_2` of N units the next are :math:`\phi(g_1)` and
+:math:`\phi(g_1\cos\theta+g_2\sin\theta)`, each times a length. This is the gram method for S = 2.
+What the second has beside :math:`\cos\theta\,\phi(g_1)` is formed in units of :math:`\sin\theta`,
+so that no digit of a small angle is lost.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import xarray as xr
 from tqdm import tqdm
 
 from svlib import _check
+from svlib._files import provenance
 from svlib._random import fill_normal, stream
-from svlib._record import provenance
 
 ACTIVATIONS = ("relu", "leaky_relu", "linear")
 _NETWORKS_AT_A_TIME = 512
-_NUMBERS_AT_A_TIME = 2**13  # of one network; the layers drawn together may depend on nothing but the width
+_NUMBERS_AT_A_TIME = (
+    2**13
+)  # of one network; the layers drawn together may depend on nothing but the width
 
 
 def simulate_angles(
@@ -40,8 +43,8 @@ def simulate_angles(
 ) -> xr.Dataset:
     r"""Follow the angle between the activations of two inputs through random networks.
 
-    Jakub & Nica (2023), arXiv:2302.09712, study the same ensemble: weights Gaussian, no biases; the scale of the
-    weights does not matter.
+    Jakub & Nica (2023), arXiv:2302.09712, study the same ensemble: weights Gaussian, no biases; the
+    scale of the weights does not matter.
 
     Args:
         width: Units n of every layer.
@@ -56,10 +59,11 @@ def simulate_angles(
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        Dataset with dimensions ``network`` and ``layer`` (depth + 1; layer 0 the inputs, layer l the activations after l
-        layers), float64: ``ln_sin2``, :math:`\ln\sin^2\theta`, minus infinity once fewer than two units tell the inputs apart;
-        ``cosine``; ``log_ratio``, the logarithm of the ratio of the two lengths over that of the inputs; ``dead``, whether
-        the activations of one input are all 0 (the others are NaN then).
+        Dataset with dimensions ``network`` and ``layer`` (depth + 1; layer 0 the inputs, layer l
+        the activations after l layers), float64: ``ln_sin2``, :math:`\ln\sin^2\theta`, minus
+        infinity once fewer than two units tell the inputs apart; ``cosine``; ``log_ratio``, the
+        logarithm of the ratio of the two lengths over that of the inputs; ``dead``, whether the
+        activations of one input are all 0 (the others are NaN then).
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -76,13 +80,23 @@ def simulate_angles(
     angle = _check.real("angle", angle, 0, math.pi, open_low=True)
     found = _check.device(device)
     dtype = _check.precision(dtype)
-    slope = 1.0 if _check.choice("activation", activation, ACTIVATIONS) == "linear" else negative_slope
+    slope = (
+        1.0 if _check.choice("activation", activation, ACTIVATIONS) == "linear" else negative_slope
+    )
     _check.activation(activation, negative_slope, ACTIVATIONS)
     results = np.full((4, networks, depth + 1), np.nan)
-    with tqdm(total=networks * depth, disable=None if progress is None else not progress, unit="layer") as bar:
+    with tqdm(
+        total=networks * depth, disable=None if progress is None else not progress, unit="layer"
+    ) as bar:
         for start in range(0, networks, _NETWORKS_AT_A_TIME):
             block = range(start, min(start + _NETWORKS_AT_A_TIME, networks))
-            state = _Pair(width, angle, [stream(seed, "pair", network, found) for network in block], slope, dtype)
+            state = _Pair(
+                width,
+                angle,
+                [stream(seed, "pair", network, found) for network in block],
+                slope,
+                dtype,
+            )
             results[:, start : block.stop, 0] = state.statistics()
             for layer in range(1, depth + 1):
                 state.advance()
@@ -91,40 +105,70 @@ def simulate_angles(
     dims = ("network", "layer")
     names = ("ln_sin2", "cosine", "log_ratio", "dead")
     arrays = [*results[:3], results[3] == 1]
-    configuration = {"width": width, "depth": depth, "networks": networks, "seed": seed, "angle": angle, "dtype": str(dtype)}
+    configuration = {
+        "width": width,
+        "depth": depth,
+        "networks": networks,
+        "seed": seed,
+        "angle": angle,
+        "dtype": str(dtype),
+    }
     return xr.Dataset(
         {name: (dims, array) for name, array in zip(names, arrays, strict=True)},
         coords={"network": np.arange(networks), "layer": np.arange(depth + 1)},
-        attrs=provenance(found, started) | configuration | {"activation": activation, "negative_slope": float(negative_slope)},
+        attrs=provenance(found, started)
+        | configuration
+        | {"activation": activation, "negative_slope": float(negative_slope)},
     )
 
 
 class _Pair:
     """Length ratio and angle of two activations in each of a block of networks; float64 tensors (networks, 1)."""
 
-    def __init__(self, width: int, angle: float, generators: list[torch.Generator], slope: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        width: int,
+        angle: float,
+        generators: list[torch.Generator],
+        slope: float,
+        dtype: torch.dtype,
+    ) -> None:
         self.generators, self.slope, self.dtype = generators, slope, dtype
         layers = max(1, _NUMBERS_AT_A_TIME // (2 * width))
-        self.numbers = torch.empty(len(generators), layers, 2, width, device=generators[0].device, dtype=dtype)
+        self.numbers = torch.empty(
+            len(generators), layers, 2, width, device=generators[0].device, dtype=dtype
+        )
         self.unused: list[torch.Tensor] = []
         start = torch.zeros(len(generators), 1, dtype=torch.float64, device=generators[0].device)
-        self.cosine, self.log_sine, self.log_ratio = start + math.cos(angle), start + math.log(math.sin(angle)), start
+        self.cosine, self.log_sine, self.log_ratio = (
+            start + math.cos(angle),
+            start + math.log(math.sin(angle)),
+            start,
+        )
 
     def advance(self) -> None:
         if not self.unused:
             self.unused = list(fill_normal(self.numbers, self.generators).unbind(1))[::-1]
         g1, g2 = self.unused.pop().unbind(1)  # each (networks, width)
-        # (phi(c g1 + s g2) - c phi(g1)) / s without cancellation: for ReLU, with t = -c / s, it is max(g2, t g1) - t min(g1, 0)
+        # (phi(c g1 + s g2) - c phi(g1)) / s without cancellation: for ReLU, with t = -c / s, it is
+        # max(g2, t g1) - t min(g1, 0)
         turn = torch.exp(-self.log_sine).mul_(-self.cosine).clamp_(-1e30, 1e30).to(self.dtype)
         beside = torch.maximum(g2, turn * g1).sub_(g1.clamp(max=0).mul_(turn))
         first = torch.relu(g1)
         if self.slope != 0:
-            beside, first = (self.slope * z + (1 - self.slope) * relu for z, relu in ((g2, beside), (g1, first)))
+            beside, first = (
+                self.slope * z + (1 - self.slope) * relu for z, relu in ((g2, beside), (g1, first))
+            )
 
         square = torch.linalg.vecdot(first, first)[:, None]
         along = torch.linalg.vecdot(first, beside)[:, None] / square
-        across = torch.linalg.vector_norm(beside.addcmul_(along, first, value=-1), dim=1, keepdim=True) / square.sqrt()
-        rounding = 16 * torch.finfo(self.dtype).eps  # one active unit leaves no angle, none leaves nothing
+        across = (
+            torch.linalg.vector_norm(beside.addcmul_(along, first, value=-1), dim=1, keepdim=True)
+            / square.sqrt()
+        )
+        rounding = (
+            16 * torch.finfo(self.dtype).eps
+        )  # one active unit leaves no angle, none leaves nothing
         across = torch.where(across > rounding * along.abs(), across, 0).double()
         along = self.cosine + self.log_sine.exp() * along
         along = torch.where(along.abs() > rounding * self.cosine.abs(), along, 0)

@@ -1,7 +1,7 @@
 """Pictures of records. Every function draws on the axes it is given (or new ones) and returns them.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; lines differ by style or marker as well. Grey text on
-a transparent ground reads on light and dark pages.
+Colours are Okabe and Ito's, told apart by the colour-blind; lines differ by style or marker as
+well. Grey text on a transparent ground reads on light and dark pages.
 """
 
 from __future__ import annotations
@@ -49,14 +49,21 @@ def look(index: int) -> dict[str, Any]:
     """Colour, line style and marker of the series with this index, for ``Axes.plot``."""
     if index < 0:
         raise ValueError(f"index must be at least 0, got {index}")
-    return {"color": COLORS[index % 6], "linestyle": _STYLES[index % 6], "marker": _MARKERS[index % 6], "markersize": 4}
+    return {
+        "color": COLORS[index % 6],
+        "linestyle": _STYLES[index % 6],
+        "marker": _MARKERS[index % 6],
+        "markersize": 4,
+    }
 
 
 def _axes(axes: Axes | None) -> Axes:
     return plt.subplots()[1] if axes is None else axes
 
 
-def band(x: Any, mean: Any, spread: Any, *, index: int = 0, label: str = "", axes: Axes | None = None) -> Axes:
+def band(
+    x: Any, mean: Any, spread: Any, *, index: int = 0, label: str = "", axes: Axes | None = None
+) -> Axes:
     """A line with a band of ``spread`` on either side.
 
     Args:
@@ -70,14 +77,23 @@ def band(x: Any, mean: Any, spread: Any, *, index: int = 0, label: str = "", axe
     axes = _axes(axes)
     mean, spread = np.asarray(mean), np.asarray(spread)
     axes.plot(x, mean, label=label, markevery=max(1, len(mean) // 8), **look(index))
-    axes.fill_between(x, mean - spread, mean + spread, color=COLORS[index % 6], alpha=0.2, linewidth=0)
+    axes.fill_between(
+        x, mean - spread, mean + spread, color=COLORS[index % 6], alpha=0.2, linewidth=0
+    )
     return axes
 
 
 def ratio(record: xr.Dataset, *, index: int = 0, label: str = "", axes: Axes | None = None) -> Axes:
     """m/v against layer: the mean over networks, the band one standard deviation over networks (the paper's figure)."""
     over = record.ratio
-    axes = band(record.layer, over.mean("network"), over.std("network", ddof=1), index=index, label=label, axes=axes)
+    axes = band(
+        record.layer,
+        over.mean("network"),
+        over.std("network", ddof=1),
+        index=index,
+        label=label,
+        axes=axes,
+    )
     axes.set(xlabel="layer", ylabel="$m/v$")
     return axes
 
@@ -86,10 +102,11 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
     """m, v and sigma by layer; on a logarithmic scale, down to 1/30 of the smallest sigma, where sigma changes 30 times.
 
     Args:
-        table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the table of
-            :func:`svlib.probe`, a record averaged over networks. A negative m2 is drawn as 0.
-        theory: Another such, drawn beneath as broad pale lines; those of an :class:`svlib.Explanation` are broken
-            where theory starts anew from the measured values.
+        table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the
+            table of :func:`svlib.probe`, a record averaged over networks. A negative m2 is drawn as
+            0.
+        theory: Another such, drawn beneath as broad pale lines; those of an
+            :class:`svlib.Explanation` are broken where theory starts anew from the measured values.
         axes: Where to draw.
 
     Raises:
@@ -100,13 +117,17 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
         if not (hasattr(value, "m2") and hasattr(value, "v2")):
             raise TypeError(f"{name} must have m2 and v2 by layer, got {type(value).__name__}")
         if len(value.m2) != len(table.m2):
-            raise ValueError(f"theory must have the {len(table.m2)} layers of table, got {len(value.m2)}")
+            raise ValueError(
+                f"theory must have the {len(table.m2)} layers of table, got {len(value.m2)}"
+            )
     axes = _axes(axes)
     if theory is not None:
         starts = np.asarray(getattr(theory, "start", [""] * len(theory.m2))) != ""
         for index, square in enumerate(_decomposed(theory).values()):
             for part in np.split(np.arange(len(square)), np.flatnonzero(starts)):
-                line = axes.plot(part, np.sqrt(square[part]), color=COLORS[index], linewidth=7, alpha=0.3)
+                line = axes.plot(
+                    part, np.sqrt(square[part]), color=COLORS[index], linewidth=7, alpha=0.3
+                )
         line[0].set_label("theory")
     for index, (label, square) in enumerate(_decomposed(table).items()):
         axes.plot(np.sqrt(square), label=label, markevery=max(1, len(square) // 10), **look(index))
@@ -134,7 +155,9 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
         The axes, (rows, columns).
     """
     names = list(layers)
-    _, grid = plt.subplots(len(names), len(columns), sharex=True, squeeze=False, figsize=(6.4, 1.5 * len(names)))
+    _, grid = plt.subplots(
+        len(names), len(columns), sharex=True, squeeze=False, figsize=(6.4, 1.5 * len(names))
+    )
     bins = np.linspace(-4, 4, 41)
     for column, (title, draws) in enumerate(columns.items()):
         grid[0, column].set_title(title)
@@ -145,7 +168,9 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
     return np.asarray(grid)
 
 
-def cobweb(step: Callable[[float], float], start: float, steps: int, *, axes: Axes | None = None) -> Axes:
+def cobweb(
+    step: Callable[[float], float], start: float, steps: int, *, axes: Axes | None = None
+) -> Axes:
     """A map on [0, 1], the diagonal, and the path of its iterates from ``start``."""
     axes = _axes(axes)
     grid = np.linspace(0, 1, 201)
@@ -162,7 +187,9 @@ def cobweb(step: Callable[[float], float], start: float, steps: int, *, axes: Ax
     return axes
 
 
-def losses(records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes | None = None) -> Axes:
+def losses(
+    records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes | None = None
+) -> Axes:
     """Training loss against iteration: the mean over seeds, the band one standard error, both of running means
     over the last iterations. The line of a series ends where one of its seeds diverged.
 
@@ -176,17 +203,27 @@ def losses(records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes 
         # a seed that has diverged ends the line: without it the mean would fall
         loss = xr.concat([run.loss for run in runs], "seed").rolling(iteration=window).mean()
         error = loss.std("seed", ddof=1, skipna=False) / np.sqrt(len(runs))
-        band(loss.iteration, loss.mean("seed", skipna=False), error, index=index, label=label, axes=axes)
+        band(
+            loss.iteration,
+            loss.mean("seed", skipna=False),
+            error,
+            index=index,
+            label=label,
+            axes=axes,
+        )
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.legend()
     return axes
 
 
-def learning_rates(losses: xr.DataArray, labels: dict[str, str], *, axes: Axes | None = None) -> Axes:
+def learning_rates(
+    losses: xr.DataArray, labels: dict[str, str], *, axes: Axes | None = None
+) -> Axes:
     """Loss against learning rate: points are seeds, the line their mean. A diverged seed has no point, and its rate no line.
 
     Args:
-        losses: (initialization, learning_rate, seed), in any order; NaN or infinite where a run diverged.
+        losses: (initialization, learning_rate, seed), in any order; NaN or infinite where a run
+            diverged.
         labels: Initialization to its name in the legend.
         axes: Where to draw.
     """
@@ -205,8 +242,9 @@ def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
     """Layers in the course of training: v^2/sigma^2 above, log10 of squared gradients below, a line for each moment probed.
 
     Args:
-        runs: Title to the part of :func:`svlib.training.collect`'s dataset with one initialization and one learning rate; a
-            column each. Lines are means over seeds, bands one standard deviation.
+        runs: Title to the part of :func:`svlib.experiments.training.collect`'s dataset with one
+            initialization and one learning rate; a column each. Lines are means over seeds, bands
+            one standard deviation.
 
     Returns:
         The axes, (2, columns).
@@ -218,7 +256,14 @@ def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
             for index, moment in enumerate(values.probed.values):
                 found = values.sel(probed=moment)
                 spread = found.std("seed", ddof=1)
-                band(found.layer, found.mean("seed"), spread, index=index, label=f"iteration {moment}", axes=axes)
+                band(
+                    found.layer,
+                    found.mean("seed"),
+                    spread,
+                    index=index,
+                    label=f"iteration {moment}",
+                    axes=axes,
+                )
         above.set(title=title, ylim=(0, 1.1))
         below.set(xlabel="layer")
     grid[0, 0].set_ylabel(r"$v^2/\sigma^2$")

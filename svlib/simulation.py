@@ -1,15 +1,18 @@
 r"""Random fully connected networks of finite width, on any device.
 
-:math:`y_{l+1}=W_l\,\phi(y_l)`, weights Gaussian with variance :math:`1/(N\langle\phi(z)^2\rangle)` (He's 2/N for ReLU),
-no biases (Luther & Seung, arXiv:1902.04942, section 2). Every network has its own stream of random numbers,
-so that its statistics do not depend on how many others are simulated beside it.
+:math:`y_{l+1}=W_l\,\phi(y_l)`, weights Gaussian with variance :math:`1/(N\langle\phi(z)^2\rangle)`
+(He's 2/N for ReLU), no biases (Luther & Seung, arXiv:1902.04942, section 2). Every network has its
+own stream of random numbers, so that its statistics do not depend on how many others are simulated
+beside it.
 
-Two methods sample the same ensemble. ``"weights"`` draws every weight matrix: :math:`N^2` normal numbers a layer.
-``"gram"`` uses that, given the activations A (S x N) of S inputs, the N units of the next layer are independent Gaussian
-vectors of covariance :math:`AA^\top` (times the weight variance). With :math:`A^\top=QR` they are :math:`R^\top z`, exactly
-so distributed, from N min(S, N) normal numbers. The covariance is singular where :math:`N\le S`, and nearly so once the
-inputs have become collinear. Its Cholesky factor, with the jitter that it then needs, is wrong without a warning. R comes
-from A itself by Householder reflections, whose error is no more than that of rounding A, whatever the rank.
+Two methods sample the same ensemble. ``"weights"`` draws every weight matrix: :math:`N^2` normal
+numbers a layer. ``"gram"`` uses that, given the activations A (S x N) of S inputs, the N units of
+the next layer are independent Gaussian vectors of covariance :math:`AA^\top` (times the weight
+variance). With :math:`A^\top=QR` they are :math:`R^\top z`, exactly so distributed, from N min(S,
+N) normal numbers. The covariance is singular where :math:`N\le S`, and nearly so once the inputs
+have become collinear. Its Cholesky factor, with the jitter that it then needs, is wrong without a
+warning. R comes from A itself by Householder reflections, whose error is no more than that of
+rounding A, whatever the rank.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from svlib import _check
+from svlib._files import provenance
 from svlib._random import fill_normal, stream
-from svlib._record import provenance
 from svlib.moments import _split_along_ray
 
 Array = NDArray[Any]
@@ -37,7 +40,9 @@ METHODS = ("auto", "gram", "weights")
 NORMALIZATIONS = (None, "batch", "layer")
 
 # activation -> (function, <phi(z)^2> for a standard Gaussian z)
-_ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], Callable[[float], float]]] = {
+_ACTIVATIONS: dict[
+    str, tuple[Callable[[torch.Tensor, float], torch.Tensor], Callable[[float], float]]
+] = {
     "relu": (lambda y, a: torch.relu(y), lambda a: 0.5),
     "leaky_relu": (torch.nn.functional.leaky_relu, lambda a: (1 + a**2) / 2),
     "linear": (lambda y, a: y, lambda a: 1.0),
@@ -85,8 +90,14 @@ class _Network:
 
     def attributes(self) -> dict[str, str | float]:
         """The configuration, as the attributes of a record hold it."""
-        text = {name: str(getattr(self, name)) for name in ("dtype", "method", "activation", "normalization", "residual")}
-        numbers = {name: getattr(self, name) for name in ("width", "samples", "seed", "negative_slope", "block_size")}
+        text = {
+            name: str(getattr(self, name))
+            for name in ("dtype", "method", "activation", "normalization", "residual")
+        }
+        numbers = {
+            name: getattr(self, name)
+            for name in ("width", "samples", "seed", "negative_slope", "block_size")
+        }
         return text | numbers | {"inputs": "white" if self.inputs is None else "given"}
 
     def normalized(self, y: torch.Tensor) -> torch.Tensor:
@@ -101,7 +112,9 @@ class _Network:
         peak = centred.abs().amax(dim, keepdim=True)
         centred = centred / peak  # its square cannot overflow
         rounding = 16 * torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
-        return torch.where(peak > rounding, centred / centred.square().mean(dim, keepdim=True).sqrt(), 0)
+        return torch.where(
+            peak > rounding, centred / centred.square().mean(dim, keepdim=True).sqrt(), 0
+        )
 
     def propagate(self, depth: int, networks: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield, layer by layer, preactivations (networks, samples, width) of mean square 1, to be read before the next
@@ -110,12 +123,18 @@ class _Network:
         linear = _Linear(self.method, self.width, generators, self.device, self.dtype)
         function, second_moment = _ACTIVATIONS[self.activation]
         log_scale = torch.zeros(len(networks), dtype=torch.float64, device=self.device)
-        y = torch.empty(len(networks), self.samples, self.width, device=self.device, dtype=self.dtype)
+        y = torch.empty(
+            len(networks), self.samples, self.width, device=self.device, dtype=self.dtype
+        )
         if self.inputs is None:
             fill_normal(y, generators)
         else:
             peak = self.inputs.abs().max()
-            linear(self.inputs.expand(len(networks), -1, -1) / torch.where(peak > 0, peak, 1), 1.0, out=y)
+            linear(
+                self.inputs.expand(len(networks), -1, -1) / torch.where(peak > 0, peak, 1),
+                1.0,
+                out=y,
+            )
             if self.rescaled:
                 log_scale = log_scale + peak.double().log()
             else:
@@ -129,7 +148,9 @@ class _Network:
                     branch = linear(a, second_moment(self.negative_slope), out=torch.empty_like(y))
                     y = y + math.sqrt(self.residual) * branch
             # squares of what is not rescaled may overflow; a float64 norm costs a copy
-            lengths = torch.linalg.vector_norm(y, dim=2, dtype=None if self.rescaled else torch.float64).double()
+            lengths = torch.linalg.vector_norm(
+                y, dim=2, dtype=None if self.rescaled else torch.float64
+            ).double()
             scale = torch.linalg.vector_norm(lengths, dim=1) / math.sqrt(y[0].numel())
             divisor = torch.where(scale > 0, scale, 1).to(self.dtype)[:, None, None]
             if self.rescaled:
@@ -143,7 +164,12 @@ class _Linear:
     """A random layer without biases, by either method. It keeps the memory of its random numbers from call to call."""
 
     def __init__(
-        self, method: str, width: int, generators: list[torch.Generator], device: torch.device, dtype: torch.dtype
+        self,
+        method: str,
+        width: int,
+        generators: list[torch.Generator],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.method, self.width, self.generators = method, width, generators
         self.noise = torch.empty(len(generators), 0, width, device=device, dtype=dtype)
@@ -166,14 +192,16 @@ class _Linear:
 def factor(a: torch.Tensor) -> torch.Tensor:
     r"""Lower triangular L with :math:`LL^\top=AA^\top`, as accurate as A itself whatever the rank of A.
 
-    Cholesky's factor of the product where that is well-conditioned, which is about twice as fast; else R of
-    :math:`A^\top=QR`, by Householder reflections of A. Both are the same L, decided for each network alone.
+    Cholesky's factor of the product where that is well-conditioned, which is about twice as fast;
+    else R of :math:`A^\top=QR`, by Householder reflections of A. Both are the same L, decided for
+    each network alone.
 
     Args:
         a: (networks, samples, features), of a mean square near 1.
 
     Returns:
-        (networks, samples, min(samples, features)), with a diagonal of at least 0, which makes it unique where A has full rank.
+        (networks, samples, min(samples, features)), with a diagonal of at least 0, which makes it
+        unique where A has full rank.
 
     Examples:
         >>> factor(torch.tensor([[[3.0, 4.0], [6.0, 8.0]]])).abs().round().tolist()  # collinear inputs
@@ -191,7 +219,11 @@ def factor(a: torch.Tensor) -> torch.Tensor:
     # what share of an input's square is left when those before it are known
     squares, number = product.diagonal(dim1=1, dim2=2), torch.finfo(a.dtype)
     left = lower.diagonal(dim1=1, dim2=2).square() / squares
-    ill = (failed != 0) | ~(left.amin(1) > math.sqrt(number.eps)) | (squares.amin(1) < number.tiny / number.eps)
+    ill = (
+        (failed != 0)
+        | ~(left.amin(1) > math.sqrt(number.eps))
+        | (squares.amin(1) < number.tiny / number.eps)
+    )
     if ill.any():
         lower[ill] = _triangular(a[ill])
     return lower
@@ -205,7 +237,14 @@ def _triangular(a: torch.Tensor) -> torch.Tensor:
 
 
 def _configure(
-    width: Any, minimum_samples: int, *, samples: Any, inputs: Any, device: Any, dtype: Any, **options: Any
+    width: Any,
+    minimum_samples: int,
+    *,
+    samples: Any,
+    inputs: Any,
+    device: Any,
+    dtype: Any,
+    **options: Any,
 ) -> _Network:
     """Check what :func:`simulate` and :func:`sample_preactivations` have in common."""
     slope = _check.activation(options["activation"], options["negative_slope"], _ACTIVATIONS)
@@ -217,24 +256,36 @@ def _configure(
     if inputs is not None:
         inputs = _check.floating("inputs", inputs).to(found, dtype)
         if inputs.ndim != 2 or inputs.shape[1] == 0:
-            raise ValueError(f"inputs must have shape (samples, features), got {tuple(inputs.shape)}")
+            raise ValueError(
+                f"inputs must have shape (samples, features), got {tuple(inputs.shape)}"
+            )
         if not torch.isfinite(inputs).all():
             raise ValueError(f"inputs must be finite as {dtype}, got values beyond its range")
         if samples is not None and _check.integer("samples", samples) != len(inputs):
-            raise ValueError(f"samples must be None or the {len(inputs)} rows of inputs, got {samples!r}")
+            raise ValueError(
+                f"samples must be None or the {len(inputs)} rows of inputs, got {samples!r}"
+            )
         samples = len(inputs)
     samples = _check.integer("samples", samples, minimum_samples)
     method = _check.choice("method", options["method"], METHODS)
     equal = inputs is not None and len(torch.unique(inputs, dim=0)) < samples
-    if method == "gram" and equal:  # its rounding would tell them apart, and a chaotic network amplify that
-        raise ValueError("method must be 'weights' or 'auto' where rows of inputs are equal, got 'gram'")
+    if (
+        method == "gram" and equal
+    ):  # its rounding would tell them apart, and a chaotic network amplify that
+        raise ValueError(
+            "method must be 'weights' or 'auto' where rows of inputs are equal, got 'gram'"
+        )
     if method == "auto":
         method = "gram" if _gram_pays(width, samples) and not equal else "weights"
     features = width if inputs is None else max(width, inputs.shape[1])
-    numbers = 8 * samples * features + (0 if method == "gram" else features * width)  # with all copies, as measured
+    numbers = 8 * samples * features + (
+        0 if method == "gram" else features * width
+    )  # with all copies, as measured
     block_size = int(_check.real("memory", options["memory"], 0)) // (numbers * dtype.itemsize)
     if block_size == 0:
-        raise ValueError(f"memory must be at least {numbers * dtype.itemsize} bytes for one network, got {options['memory']}")
+        raise ValueError(
+            f"memory must be at least {numbers * dtype.itemsize} bytes for one network, got {options['memory']}"
+        )
     if normalization == "batch" and samples < 2:
         raise ValueError(f"samples must be at least 2 with normalization='batch', got {samples}")
     if normalization == "layer" and width < 2:
@@ -248,7 +299,9 @@ def _configure(
         activation=options["activation"],
         negative_slope=slope,
         normalization=normalization,
-        residual=None if residual is None else _check.real("residual", residual, 0, 1e12, open_low=True),
+        residual=None
+        if residual is None
+        else _check.real("residual", residual, 0, 1e12, open_low=True),
         inputs=inputs,
         method=method,
         block_size=block_size,
@@ -260,7 +313,9 @@ def _blocks(networks: Any, size: int) -> list[range]:
     if not isinstance(networks, range):
         networks = range(_check.integer("networks", networks))
     elif len(networks) == 0 or networks.step != 1 or networks.start < 0:
-        raise ValueError(f"networks must be a number or a range of step 1 that is not empty, got {networks}")
+        raise ValueError(
+            f"networks must be a number or a range of step 1 that is not empty, got {networks}"
+        )
     return [networks[start : start + size] for start in range(0, len(networks), size)]
 
 
@@ -287,37 +342,43 @@ def simulate(
     Args:
         width: Units N of every layer.
         depth: Number of weight matrices after layer 0, at least 0.
-        networks: Number of networks, or a range of them: ``range(40, 60)`` gives networks 40 to 59 of the ensemble.
+        networks: Number of networks, or a range of them: ``range(40, 60)`` gives networks 40 to 59
+            of the ensemble.
         samples: Number of inputs S, at least 2; with ``inputs`` it follows from them.
-        seed: Seed of the ensemble; network k has the stream (seed, k). The numbers depend on the device type, the dtype and
-            the method, and in their last digits on the number of threads and of networks at a time.
+        seed: Seed of the ensemble; network k has the stream (seed, k). The numbers depend on the
+            device type, the dtype and the method, and in their last digits on the number of threads
+            and of networks at a time.
         device: Where to compute.
-        dtype: ``torch.float32`` or ``torch.float64``, or its name. Float32 preactivations do not resolve v^2/sigma^2
-            below about 1e-9; deep networks with LayerNorm get there.
-        method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly, from the same
-            distribution, if no two are equal. "auto" takes the cheaper for this width and S; the record says which.
+        dtype: ``torch.float32`` or ``torch.float64``, or its name. Float32 preactivations do not
+            resolve v^2/sigma^2 below about 1e-9; deep networks with LayerNorm get there.
+        method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly,
+            from the same distribution, if no two are equal. "auto" takes the cheaper for this width
+            and S; the record says which.
         memory: Bytes that the networks simulated at a time may take.
         activation: "relu", "leaky_relu", "linear" or "tanh".
         negative_slope: The slope of leaky ReLU.
-        normalization: ``None``, ``"batch"`` (over the S inputs) or ``"layer"`` (over units), applied to
-            preactivations before the activation; the statistics reported are those before it. Networks with
-            BatchNorm or tanh are chaotic: they amplify rounding, so that float32 reproduces their averages only.
+        normalization: ``None``, ``"batch"`` (over the S inputs) or ``"layer"`` (over units),
+            applied to preactivations before the activation; the statistics reported are those
+            before it. Networks with BatchNorm or tanh are chaotic: they amplify rounding, so that
+            float32 reproduces their averages only.
         residual: :math:`\beta` in :math:`y'=y+\sqrt\beta\,W\phi(y)`, or ``None``.
-        inputs: (samples, features). A first weight matrix of variance 1/features makes layer 0 of them.
-            ``None``: layer 0 is iid N(0, 1), drawn anew for every network, as in the paper.
+        inputs: (samples, features). A first weight matrix of variance 1/features makes layer 0 of
+            them. ``None``: layer 0 is iid N(0, 1), drawn anew for every network, as in the paper.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first preactivation):
-        ``m2`` and ``v2``, unbiased in the number of inputs, averaged over units, infinite where float64 overflows;
-        ``angular`` and ``radial``, the two parts of v2 (:func:`svlib.moments.split_along_ray`); ``ratio``, m/v (biased; 0
-        where ``m2`` is negative, infinite where ``v2`` is 0, NaN in a dead network); ``log_scale``, ln(sigma), exact where
-        m2 and v2 underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
+        Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first
+        preactivation): ``m2`` and ``v2``, unbiased in the number of inputs, averaged over units,
+        infinite where float64 overflows; ``angular`` and ``radial``, the two parts of v2
+        (:func:`svlib.moments.split_along_ray`); ``ratio``, m/v (biased; 0 where ``m2`` is negative,
+        infinite where ``v2`` is 0, NaN in a dead network); ``log_scale``, ln(sigma), exact where m2
+        and v2 underflow (-inf in a dead network); ``dead``, whether all preactivations are 0.
         ``attrs`` hold configuration, versions, device, method and wall time.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, a name unknown, the device not there, or the memory too small.
+        ValueError: If an argument is out of range, a name unknown, the device not there, or the
+            memory too small.
         Interrupted: On Ctrl-C, with the finished networks as its ``record``.
 
     Examples:
@@ -336,22 +397,36 @@ def simulate(
     finished: list[dict[str, Array]] = []
 
     def record() -> xr.Dataset:
-        data = {name: (("network", "layer"), np.concatenate([part[name] for part in finished])) for name in finished[0]}
+        data = {
+            name: (("network", "layer"), np.concatenate([part[name] for part in finished]))
+            for name in finished[0]
+        }
         count = len(data["m2"][1])
         return xr.Dataset(
             data,
             coords={"network": list(every[:count]), "layer": np.arange(depth + 1)},
-            attrs=provenance(network.device, started) | network.attributes() | {"depth": depth, "networks": count},
+            attrs=provenance(network.device, started)
+            | network.attributes()
+            | {"depth": depth, "networks": count},
         )
 
-    with tqdm(total=len(every) * (depth + 1), disable=None if progress is None else not progress, unit="layer") as bar:
+    with tqdm(
+        total=len(every) * (depth + 1),
+        disable=None if progress is None else not progress,
+        unit="layer",
+    ) as bar:
         try:
             for block in blocks:
                 layers = []
                 for y, log_scale in network.propagate(depth, block):
                     layers.append(_statistics(y, log_scale.cpu().numpy()))
                     bar.update(len(block))
-                finished.append({name: np.stack([layer[name] for layer in layers], axis=1) for name in layers[0]})
+                finished.append(
+                    {
+                        name: np.stack([layer[name] for layer in layers], axis=1)
+                        for name in layers[0]
+                    }
+                )
         except KeyboardInterrupt as stop:
             if not finished:
                 raise
@@ -374,12 +449,14 @@ def summarize(record: xr.Dataset) -> xr.Dataset:
     """Average a record over its networks, without the dead ones.
 
     Args:
-        record: Of :func:`simulate` or :func:`svlib.simulate_angles`; any Dataset with a dimension ``network``.
+        record: Of :func:`simulate` or :func:`svlib.simulate_angles`; any Dataset with a dimension
+            ``network``.
 
     Returns:
-        Dataset with the same variables, in which a dimension ``statistic`` ("mean"; "deviation", the standard deviation over
-        networks; "error", the standard error of the mean) stands for ``network``, and ``alive``, the number of networks
-        that live. What is not finite in a network, an m/v for example, is left out of that average.
+        Dataset with the same variables, in which a dimension ``statistic`` ("mean"; "deviation",
+        the standard deviation over networks; "error", the standard error of the mean) stands for
+        ``network``, and ``alive``, the number of networks that live. What is not finite in a
+        network, an m/v for example, is left out of that average.
 
     Raises:
         ValueError: If the record has no dimension ``network``.
@@ -461,7 +538,11 @@ def sample_preactivations(
     if units > network.width:
         raise ValueError(f"units must be at most the width {network.width}, got {units}")
     kept = torch.empty(len(every), len(wanted), network.samples, units, dtype=network.dtype)
-    with tqdm(total=len(every) * (wanted[-1] + 1), disable=None if progress is None else not progress, unit="layer") as bar:
+    with tqdm(
+        total=len(every) * (wanted[-1] + 1),
+        disable=None if progress is None else not progress,
+        unit="layer",
+    ) as bar:
         for block in blocks:
             rows = slice(block.start - every.start, block.stop - every.start)
             for layer, (y, log_scale) in enumerate(network.propagate(wanted[-1], block)):

@@ -1,7 +1,7 @@
 """Many points, one function, any executor; finished points are kept on disk and not run again.
 
-A record is one file in the store, written whole or not at all. Its name holds two hashes: of the function and its
-arguments, by which it is found, and of its own bytes, by which damage is noticed.
+A record is one file in the store, written whole or not at all. Its name holds two hashes: of the
+function and its arguments, by which it is found, and of its own bytes, by which damage is noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from svlib import _check
-from svlib._record import write_whole
+from svlib._files import write_whole
 
 Function = Callable[..., xr.Dataset]
 _POINT = "sweep_point"
@@ -41,27 +41,31 @@ def run(
 ) -> list[xr.Dataset]:
     """Call ``function(**point)`` for every point that has no record in ``store`` yet.
 
-    Records are written by this process, each as soon as its point is finished. A run that is killed or interrupted loses
-    only the points in flight; call again to go on. Where a point fails the others are still run.
+    Records are written by this process, each as soon as its point is finished. A run that is killed
+    or interrupted loses only the points in flight; call again to go on. Where a point fails the
+    others are still run.
 
     Args:
-        function: A function of a module (executors send it by name) that returns an ``xarray.Dataset``.
+        function: A function of a module (executors send it by name) that returns an
+            ``xarray.Dataset``.
         points: Keyword arguments, of the types that JSON has, and ranges.
         store: Folder of the records, made if missing.
-        executor: ``None`` to run here, or any ``concurrent.futures.Executor``: a ``ProcessPoolExecutor``, or Dask's
-            ``Client.get_executor()`` for a cluster.
-        common: Keyword arguments of every call that do not change its result and name no point: folders, for example.
+        executor: ``None`` to run here, or any ``concurrent.futures.Executor``: a
+            ``ProcessPoolExecutor``, or Dask's ``Client.get_executor()`` for a cluster.
+        common: Keyword arguments of every call that do not change its result and name no point:
+            folders, for example.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        The records, in the order of the points, as they were read from the store: equal calls give equal data, attributes
-        such as the wall time apart. Integers come back with 32 bits.
+        The records, in the order of the points, as they were read from the store: equal calls give
+        equal data, attributes such as the wall time apart. Integers come back with 32 bits.
 
     Raises:
-        TypeError: If a point is no mapping or holds what JSON does not, or the function has no name in a module.
+        TypeError: If a point is no mapping or holds what JSON does not, or the function has no name
+            in a module.
         ValueError: If a point comes twice.
-        RuntimeError: If points failed: how many, which first, and from which error (for one, that it returned
-            no Dataset). The others are in the store.
+        RuntimeError: If points failed: how many, which first, and from which error (for one, that
+            it returned no Dataset). The others are in the store.
 
     Warns:
         UserWarning: If a record is damaged or another's; it is named and its point run again.
@@ -80,20 +84,33 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     listed = list(points)
     if isinstance(points, Mapping) or not all(isinstance(point, Mapping) for point in listed):
-        raise TypeError(f"points must be an iterable of mappings from argument to value, got {points!r}")
+        raise TypeError(
+            f"points must be an iterable of mappings from argument to value, got {points!r}"
+        )
     wanted = [dict(point) for point in listed]
     texts = [_describe(function, point) for point in wanted]
     if len(set(texts)) < len(texts):
-        raise ValueError(f"points must differ, got {next(text for text in texts if texts.count(text) > 1)} twice")
+        raise ValueError(
+            f"points must differ, got {next(text for text in texts if texts.count(text) > 1)} twice"
+        )
     records = {text: record for text in texts if (record := _load(folder, text)) is not None}
-    missing = {text: point for text, point in zip(texts, wanted, strict=True) if text not in records}
+    missing = {
+        text: point for text, point in zip(texts, wanted, strict=True) if text not in records
+    }
     failures: dict[str, BaseException] = {}
-    with tqdm(total=len(wanted), initial=len(records), disable=None if progress is None else not progress, unit="point") as bar:
+    with tqdm(
+        total=len(wanted),
+        initial=len(records),
+        disable=None if progress is None else not progress,
+        unit="point",
+    ) as bar:
         for text, call in _calls(partial(function, **common or {}), missing, executor):
             try:
                 result = call()
                 if not isinstance(result, xr.Dataset):
-                    raise TypeError(f"function must return an xarray.Dataset, got {type(result).__name__}")
+                    raise TypeError(
+                        f"function must return an xarray.Dataset, got {type(result).__name__}"
+                    )
                 _write(folder, text, result)
             except Exception as error:
                 failures[text] = error
@@ -114,7 +131,12 @@ def processes(workers: int) -> ProcessPoolExecutor:
         1
     """
     threads = max(1, (os.cpu_count() or 1) // _check.integer("workers", workers))
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(threads,))
+    return ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(threads,),
+    )
 
 
 def _start_worker(threads: int) -> None:
@@ -124,7 +146,9 @@ def _start_worker(threads: int) -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None
         parent.join()
-        os._exit(1)  # or it would finish its work, whatever --resume does meanwhile, and then wait for ever
+        os._exit(
+            1
+        )  # or it would finish its work, whatever --resume does meanwhile, and then wait for ever
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -142,7 +166,9 @@ def _calls(
         for text, point in points.items():
             try:  # as one argument, for Dask's submit has names of its own
                 futures[executor.submit(partial(function, **point))] = text
-            except RuntimeError as error:  # a broken or closed executor: what runs already may still finish
+            except (
+                RuntimeError
+            ) as error:  # a broken or closed executor: what runs already may still finish
                 yield text, partial(_fail, error)
         for future in as_completed(list(futures)):
             yield futures.pop(future), future.result
@@ -158,7 +184,9 @@ def _fail(error: Exception) -> None:
 def _describe(function: Function, point: dict[str, Any]) -> str:
     """One text for a function and its arguments, the same in every process."""
 
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<nameless>')}"
+    name = (
+        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<nameless>')}"
+    )
     if "<" in name:  # two of them could have one name
         raise TypeError(f"function must be a function of a module, got {function!r}")
 
@@ -171,12 +199,17 @@ def _describe(function: Function, point: dict[str, Any]) -> str:
 
 
 def _key(content: str | bytes) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:32]
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[
+        :32
+    ]
 
 
 def _write(folder: Path, text: str, record: xr.Dataset) -> None:
     # netCDF 3 has no integers beyond 32 bits
-    attributes = {name: str(x) if isinstance(x, int) and abs(x) >= 2**31 else x for name, x in record.attrs.items()}
+    attributes = {
+        name: str(x) if isinstance(x, int) and abs(x) >= 2**31 else x
+        for name, x in record.attrs.items()
+    }
     content = bytes(record.assign_attrs(attributes | {_POINT: text}).to_netcdf(engine="scipy"))
     name = f"{_key(text)}-{_key(content)}"
     write_whole(folder / f"{name}.nc", content)
@@ -194,11 +227,16 @@ def _load(folder: Path, text: str) -> xr.Dataset | None:
                 record = xr.Dataset()
             if record.attrs.pop(_POINT, None) == text:
                 for name, x in record.attrs.items():
-                    record.attrs[name] = int(x) if isinstance(x, str) and re.fullmatch(r"-?\d{10,}", x) else x
+                    record.attrs[name] = (
+                        int(x) if isinstance(x, str) and re.fullmatch(r"-?\d{10,}", x) else x
+                    )
                 return record
             reason = "not the record of this point"
         path.rename(path.with_suffix(".rejected"))
-        warnings.warn(f"{path} is {reason}; set aside as {path.stem}.rejected, the point runs again", stacklevel=3)
+        warnings.warn(
+            f"{path} is {reason}; set aside as {path.stem}.rejected, the point runs again",
+            stacklevel=3,
+        )
     return None
 
 

@@ -20,7 +20,11 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 def he_(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=torch.Generator().manual_seed(parameter.numel()))
+            nn.init.kaiming_normal_(
+                parameter,
+                nonlinearity="relu",
+                generator=torch.Generator().manual_seed(parameter.numel()),
+            )
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -32,7 +36,9 @@ class VGGLike(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([1, 12, 12, 24, 24]))
+        self.hidden = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([1, 12, 12, 24, 24])
+        )
         self.scores = nn.Linear(24 * 16, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +54,9 @@ class Residual(nn.Module):
     def __init__(self, *, width: int = 48, depth: int = 6, normalized: bool) -> None:
         super().__init__()
         self.first = nn.Linear(20, width)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) if normalized else nn.Identity() for _ in range(depth))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(width) if normalized else nn.Identity() for _ in range(depth)
+        )
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,15 +75,24 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def resnet() -> tuple[nn.Module, Any]:
     from transformers import ResNetConfig, ResNetModel
 
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck")
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck"
+    )
     return _seeded(lambda: ResNetModel(config)), gaussian(12, 3, 32, 32)
 
 
 def vit() -> tuple[nn.Module, Any]:
     from transformers import ViTConfig, ViTModel
 
-    sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
-    return _seeded(lambda: ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes))), gaussian(12, 3, 32, 32)
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+    }
+    return _seeded(lambda: ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes))), gaussian(
+        12, 3, 32, 32
+    )
 
 
 def gpt2() -> tuple[nn.Module, Any]:

@@ -10,7 +10,7 @@ from scipy.stats import binom, ks_2samp
 
 import svlib as sv
 from svlib._random import stream
-from svlib.angles import simulate_angles
+from svlib.pairs import simulate_angles
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3, 1.0])
@@ -30,7 +30,9 @@ def test_equals_plain_arithmetic(slope: float, angle: float) -> None:
             cosine = first @ second / math.sqrt((first @ first) * (second @ second))
             ratio *= math.sqrt((second @ second) / (first @ first))
             found = record.sel(network=network, layer=layer)
-            np.testing.assert_allclose(found.ln_sin2, math.log(1 - cosine**2), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                found.ln_sin2, math.log(1 - cosine**2), rtol=1e-9, atol=1e-12
+            )
             np.testing.assert_allclose(found.cosine, cosine, rtol=1e-12)
             np.testing.assert_allclose(found.log_ratio, math.log(ratio), atol=1e-12)
 
@@ -38,7 +40,16 @@ def test_equals_plain_arithmetic(slope: float, angle: float) -> None:
 def test_is_the_gram_method_for_two_inputs() -> None:
     """A two-sample test on the angle between two preactivations one layer on, by sampling weights."""
     inputs = np.array([[1.0, 0.0], [math.cos(1.2), math.sin(1.2)]])
-    y = sv.sample_preactivations(25, [4], networks=3000, inputs=inputs, units=25, seed=1, method="weights", dtype=torch.float64)
+    y = sv.sample_preactivations(
+        25,
+        [4],
+        networks=3000,
+        inputs=inputs,
+        units=25,
+        seed=1,
+        method="weights",
+        dtype=torch.float64,
+    )
     first, second = np.maximum(y.values[:, 0], 0).swapaxes(0, 1)
     cosine = (first * second).sum(-1) / np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
     record = simulate_angles(25, 5, angle=1.2, networks=3000, seed=2)
@@ -55,7 +66,11 @@ def test_exact_law_of_vanishing_angles() -> None:
     k = np.arange(2, 33)
     share = binom.pmf(k, 32, 0.5)
     mean = share @ (digamma((k - 1) / 2) - digamma(k / 2))
-    second = polygamma(1, (k - 1) / 2) + polygamma(1, k / 2) + (digamma((k - 1) / 2) - digamma(k / 2)) ** 2
+    second = (
+        polygamma(1, (k - 1) / 2)
+        + polygamma(1, k / 2)
+        + (digamma((k - 1) / 2) - digamma(k / 2)) ** 2
+    )
     variance = share @ second - mean**2
     steps = np.diff(record.ln_sin2.values, axis=1).ravel()
     error = steps.std() / math.sqrt(steps.size)
@@ -81,7 +96,9 @@ def test_dead_and_collinear_inputs_are_named() -> None:
     assert not np.isnan(record.ln_sin2.values[~dead]).any()
     collinear = np.isneginf(record.ln_sin2.values)
     assert collinear.any()  # one active unit
-    assert (record.ln_sin2.values[~dead & ~collinear] > -60).all()  # and rounding is not taken for an angle
+    assert (
+        record.ln_sin2.values[~dead & ~collinear] > -60
+    ).all()  # and rounding is not taken for an angle
     assert (record.cosine.values[collinear] > 1 - 1e-12).all()
 
 

@@ -21,7 +21,8 @@ class Sizes:
     width: int = 12
 
 def make_model():
-    return nn.Sequential(nn.Conv2d(1, Sizes.width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(Sizes.width * 256, 4))
+    return nn.Sequential(nn.Conv2d(1, Sizes.width, 3, padding=1), nn.ReLU(), nn.Flatten(),
+    nn.Linear(Sizes.width * 256, 4))
 
 class Tokens(nn.Module):
     def __init__(self):
@@ -68,29 +69,68 @@ def run(*words: str) -> Result:
 
 
 def test_probe_shows_the_table_and_the_diagnosis_and_writes_a_page() -> None:
-    done = run("probe", "models_of_mine.py:make_model", "--input", "digits", "--samples", "100", "--html", "page.html")
+    done = run(
+        "probe",
+        "models_of_mine.py:make_model",
+        "--input",
+        "digits",
+        "--samples",
+        "100",
+        "--html",
+        "page.html",
+    )
     assert done.exit_code == 0, done.output
     assert "Conv2d" in done.output
     assert "theory: follows no row; it stops at flatten of positions (1)" in done.output
     page = Path("page.html").read_text(encoding="utf-8")
-    for part in ("<svg", "<b>theory</b>: follows no row", "<td>Conv2d</td>", str(torch.__version__), "(100, 1, 16, 16)"):
+    for part in (
+        "<svg",
+        "<b>theory</b>: follows no row",
+        "<td>Conv2d</td>",
+        str(torch.__version__),
+        "(100, 1, 16, 16)",
+    ):
         assert part in page
-    assert not [word for word in ("<script", "<link", "src=", "url(http", "@import") if word in page]  # it needs nothing else
+    assert not [
+        word for word in ("<script", "<link", "src=", "url(http", "@import") if word in page
+    ]  # it needs nothing else
 
 
 def test_probe_equals_the_function() -> None:
-    shown = run("probe", "models_of_mine:instance", "--input", "6", "--samples", "50", "--seed", "3", "--batch", "20").output
+    shown = run(
+        "probe",
+        "models_of_mine:instance",
+        "--input",
+        "6",
+        "--samples",
+        "50",
+        "--seed",
+        "3",
+        "--batch",
+        "20",
+    ).output
     import models_of_mine  # type: ignore[import-not-found]
 
     table = sv.probe(models_of_mine.instance, sv.data.gaussian(50, 6, seed=3))
     assert f"{table.v2[0]:.3g}" in shown
-    tokens = ("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "all", "--eval", "--positions")
+    tokens = (
+        "probe",
+        "models_of_mine:Tokens",
+        "--input",
+        "ids.npy",
+        "--layer",
+        "all",
+        "--eval",
+        "--positions",
+    )
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models_of_mine.Tokens().eval()
     for positions in sv.probing.POSITIONS:
         shown = run(*tokens, positions).output
-        table = sv.probe(model, torch.from_numpy(np.load("ids.npy")), layers="all", positions=positions)
+        table = sv.probe(
+            model, torch.from_numpy(np.load("ids.npy")), layers="all", positions=positions
+        )
         assert table.name.tolist() == ["embedding", "relu", "scores"]
         assert f"{table.m2[0]:.3g}" in shown
     some = run("probe", "models_of_mine:Tokens", "--input", "ids.npy", "--layer", "sc*").output
@@ -101,9 +141,20 @@ def test_probe_equals_the_function() -> None:
 def test_files_of_doubles_and_of_several_arguments() -> None:
     done = run("probe", "models_of_mine:instance", "--input", "doubles.npy")
     assert done.exit_code == 0, done.output
-    done = run("probe", "models_of_mine:Masked", "--input", "masked.npz", "--batch", "7", "--html", "page.html")
+    done = run(
+        "probe",
+        "models_of_mine:Masked",
+        "--input",
+        "masked.npz",
+        "--batch",
+        "7",
+        "--html",
+        "page.html",
+    )
     assert done.exit_code == 0, done.output
-    assert "{&#x27;x&#x27;: (20, 6), &#x27;mask&#x27;: (20, 1)}" in Path("page.html").read_text(encoding="utf-8")
+    assert "{&#x27;x&#x27;: (20, 6), &#x27;mask&#x27;: (20, 1)}" in Path("page.html").read_text(
+        encoding="utf-8"
+    )
     done = run("init", "models_of_mine:Masked", "--input", "masked.npz", "--output", "masked.pt")
     assert done.exit_code == 0, done.output
 
@@ -124,7 +175,16 @@ def test_a_checkpoint_that_holds_more_than_weights_is_refused() -> None:
 
 
 def test_training_and_evaluation_mode() -> None:
-    words = ("probe", "models_of_mine:normalized", "--input", "6", "--samples", "40", "--html", "page.html")
+    words = (
+        "probe",
+        "models_of_mine:normalized",
+        "--input",
+        "6",
+        "--samples",
+        "40",
+        "--html",
+        "page.html",
+    )
     for extra, mode in (((), "training"), (("--eval",), "evaluation")):
         shown = run(*words, *extra).output
         with torch.random.fork_rng([]):
@@ -157,11 +217,23 @@ def test_init_writes_weights_that_probe_can_load(method: str) -> None:
     ("words", "message"),
     [
         (["nowhere:make", "--input", "3"], "ModuleNotFoundError: No module named 'nowhere'"),
-        (["nowhere.py:make", "--input", "3"], "FileNotFoundError: [Errno 2] No such file or directory"),
-        (["models_of_mine", "--input", "3"], "MODEL must be package.module:NAME or file.py:NAME, got 'models_of_mine'"),
+        (
+            ["nowhere.py:make", "--input", "3"],
+            "FileNotFoundError: [Errno 2] No such file or directory",
+        ),
+        (
+            ["models_of_mine", "--input", "3"],
+            "MODEL must be package.module:NAME or file.py:NAME, got 'models_of_mine'",
+        ),
         (["models_of_mine:nothing", "--input", "3"], "has no attribute 'nothing'"),
-        (["models_of_mine:number", "--input", "3"], "MODEL must be a torch.nn.Module or make one, got int"),
-        (["models_of_mine:dataclass", "--input", "3"], "MODEL must be a torch.nn.Module or make one, got function"),
+        (
+            ["models_of_mine:number", "--input", "3"],
+            "MODEL must be a torch.nn.Module or make one, got int",
+        ),
+        (
+            ["models_of_mine:dataclass", "--input", "3"],
+            "MODEL must be a torch.nn.Module or make one, got function",
+        ),
         (["models_of_mine:fails", "--input", "3"], 'KeyError: "of the user\'s"'),
         (
             ["models_of_mine:instance", "--input", "3,x"],
@@ -169,22 +241,52 @@ def test_init_writes_weights_that_probe_can_load(method: str) -> None:
         ),
         (["models_of_mine:instance", "--input", "0"], "--input must be sizes like 3,32,32"),
         (["models_of_mine:instance", "--input", "no.npy"], "No such file or directory: 'no.npy'"),
-        (["models_of_mine:instance", "--input", "objects.npy"], "Object arrays cannot be loaded when allow_pickle=False"),
-        (["models_of_mine:instance", "--input", "words.npy"], "--input must hold numbers, inputs along the first dimension"),
+        (
+            ["models_of_mine:instance", "--input", "objects.npy"],
+            "Object arrays cannot be loaded when allow_pickle=False",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "words.npy"],
+            "--input must hold numbers, inputs along the first dimension",
+        ),
         (
             ["models_of_mine:Masked", "--input", "uneven.npz"],
             "--input must hold arrays of as many inputs each, got {'x': (20, 6)",
         ),
         (["models_of_mine:instance", "--input", "5"], "mat1 and mat2 shapes cannot be multiplied"),
-        (["models_of_mine:instance", "--input", "6", "--samples", "1"], "1 is not in the range x>=2"),
-        (["models_of_mine:instance", "--input", "6", "--seed", "-1"], "-1 is not in the range x>=0"),
-        (["models_of_mine:instance", "--input", "6", "--device", "abacus"], "device must be one of ['cpu'"),
-        (["models_of_mine:instance", "--input", "6", "--checkpoint", "objects.npy"], "UnpicklingError"),
-        (["models_of_mine:instance", "--input", "6", "--checkpoint", "no.pt"], "Path 'no.pt' does not exist"),
+        (
+            ["models_of_mine:instance", "--input", "6", "--samples", "1"],
+            "1 is not in the range x>=2",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--seed", "-1"],
+            "-1 is not in the range x>=0",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--device", "abacus"],
+            "device must be one of ['cpu'",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--checkpoint", "objects.npy"],
+            "UnpicklingError",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--checkpoint", "no.pt"],
+            "Path 'no.pt' does not exist",
+        ),
         (["models_of_mine:instance", "--input", "6", "--batch", "0"], "0 is not in the range x>=1"),
-        (["models_of_mine:instance", "--input", "6", "--layer", "x"], "model must call what layers names, got none called"),
-        (["models_of_mine:instance", "--input", "6", "--positions", "x"], "'x' is not one of 'samples', 'units'"),
-        (["models_of_mine:instance", "--input", "6", "--html", "no/page.html"], "No such file or directory"),
+        (
+            ["models_of_mine:instance", "--input", "6", "--layer", "x"],
+            "model must call what layers names, got none called",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--positions", "x"],
+            "'x' is not one of 'samples', 'units'",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--html", "no/page.html"],
+            "No such file or directory",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
@@ -202,4 +304,8 @@ def test_a_warning_is_one_line() -> None:
     )
     done = run("init", "deep.py:model", "--input", "40", "--output", "deep.pt")
     assert done.exit_code == 0, done.output
-    assert [line for line in done.output.splitlines() if line.startswith("Warning: with sample init squared gradients grow")]
+    assert [
+        line
+        for line in done.output.splitlines()
+        if line.startswith("Warning: with sample init squared gradients grow")
+    ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from svlib import data
+from svlib.experiments import data
 
 RECORDS = 20  # in each of the six files; the official ones have 10,000
 
@@ -88,10 +88,18 @@ def test_cifar10_is_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.Monk
 def test_archive_with_another_checksum_is_refused(damage: str, tmp_path: Path) -> None:
     flipped = bytearray(ARCHIVE)
     flipped[len(flipped) // 2] ^= 1
-    content = {"flipped": bytes(flipped), "truncated": ARCHIVE[:-1000], "empty": b"", "another": archive({})}[damage]
+    content = {
+        "flipped": bytes(flipped),
+        "truncated": ARCHIVE[:-1000],
+        "empty": b"",
+        "another": archive({}),
+    }[damage]
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
     message = rf"cifar-10-binary.tar.gz must have SHA-256 {data.CIFAR10_SHA256}, got {hashlib.sha256(content).hexdigest()} .*"
-    with pytest.raises(ValueError, match=message + rf"\({len(content):,} bytes\): it is damaged or truncated; .* get it again"):
+    with pytest.raises(
+        ValueError,
+        match=message + rf"\({len(content):,} bytes\): it is damaged or truncated; .* get it again",
+    ):
         data.cifar10(tmp_path)
 
 
@@ -99,7 +107,9 @@ def test_archive_without_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.M
     content = archive({name: part for name, part in CONTENTS.items() if name != "test_batch.bin"})
     monkeypatch.setattr(data, "CIFAR10_SHA256", hashlib.sha256(content).hexdigest())
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"must hold cifar-10-batches-bin/test_batch.bin, got an archive without"):
+    with pytest.raises(
+        ValueError, match=r"must hold cifar-10-batches-bin/test_batch.bin, got an archive without"
+    ):
         data.cifar10(tmp_path)
 
 
@@ -107,28 +117,41 @@ def test_unpacked_files_are_checked(tmp_path: Path) -> None:
     folder = unpack(tmp_path, CONTENTS)
     victim = folder / "cifar-10-batches-bin" / "data_batch_3.bin"
     victim.write_bytes(CONTENTS["data_batch_3.bin"][:-5])
-    with pytest.raises(ValueError, match=r"data_batch_3.bin must have 61,460 bytes, got 61,455: it is truncated"):
+    with pytest.raises(
+        ValueError, match=r"data_batch_3.bin must have 61,460 bytes, got 61,455: it is truncated"
+    ):
         data.cifar10(folder)
     wrong = records(2)
     wrong[[4, 9], 0] = 10, 255
     victim.write_bytes(wrong.tobytes())
-    with pytest.raises(ValueError, match=r"data_batch_3.bin must have labels 0 to 9, got 10 in record 4 \(2 such\)"):
+    with pytest.raises(
+        ValueError, match=r"data_batch_3.bin must have labels 0 to 9, got 10 in record 4 \(2 such\)"
+    ):
         data.cifar10(folder)
     victim.unlink()
-    with pytest.raises(FileNotFoundError, match=r"folder must hold .*https://www.cs.toronto.edu.* with data_batch_3.bin, got"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"folder must hold .*https://www.cs.toronto.edu.* with data_batch_3.bin, got",
+    ):
         data.cifar10(folder)
 
 
 def test_missing_folder_says_what_and_where(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"\(--data, or the environment variable SVLIB_DATA\) .*toronto.* got none"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"\(--data, or the environment variable SVLIB_DATA\) .*toronto.* got none",
+    ):
         data.cifar10()
     with pytest.raises(
-        FileNotFoundError, match=r"cifar-10-binary.tar.gz or cifar-10-batches-bin .* got .*/nowhere, which is none"
+        FileNotFoundError,
+        match=r"cifar-10-binary.tar.gz or cifar-10-batches-bin .* got .*/nowhere, which is none",
     ):
         data.cifar10(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"train-volume.tif .*isbi-2012.* got .*/nowhere"):
         data.micrographs(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"folder must hold image and label .*isbi-2012.* got"):
+    with pytest.raises(
+        FileNotFoundError, match=r"folder must hold image and label .*isbi-2012.* got"
+    ):
         data.micrographs(tmp_path)
 
 
@@ -152,7 +175,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
     handler = type("Handler", (Server,), {})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=partial(running.serve_forever, poll_interval=0.01)).start()
-        monkeypatch.setattr(data, "CIFAR10_URL", f"http://127.0.0.1:{running.server_port}/cifar-10-binary.tar.gz")
+        monkeypatch.setattr(
+            data, "CIFAR10_URL", f"http://127.0.0.1:{running.server_port}/cifar-10-binary.tar.gz"
+        )
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield handler
         running.shutdown()
@@ -204,7 +229,9 @@ def test_micrographs_from_pairs_and_from_tiff(tmp_path: Path) -> None:
     images, labels = sections(12)  # more than ten: section 2 comes before section 10
     split = data.micrographs(write_pairs(tmp_path / "pairs", images, labels), held_out=3)
     assert split.images.shape == split.labels.shape == (9, 1, 16, 16)
-    assert torch.equal(split.held_out_labels[:, 0], torch.from_numpy(np.stack(labels[9:]) == 0).float())
+    assert torch.equal(
+        split.held_out_labels[:, 0], torch.from_numpy(np.stack(labels[9:]) == 0).float()
+    )
     training = np.stack(images[:9]).astype(float)
     by_hand = (np.stack(images[9:]) - training.mean()) / training.std()
     np.testing.assert_allclose(split.held_out_images[:, 0], by_hand, rtol=1e-5)
@@ -228,25 +255,36 @@ def test_bad_micrographs(tmp_path: Path) -> None:
         data.micrographs(folder, held_out=1.5)  # type: ignore[arg-type]
     victim = folder / "label" / "2.png"
     Image.fromarray(labels[2] // 2).save(victim)
-    with pytest.raises(ValueError, match=r"labels must be 0 on membranes and 1 or 255 in cells, got \[127\] in"):
+    with pytest.raises(
+        ValueError, match=r"labels must be 0 on membranes and 1 or 255 in cells, got \[127\] in"
+    ):
         data.micrographs(folder, held_out=1)
     Image.fromarray(labels[2][:8]).save(victim)
-    with pytest.raises(ValueError, match=r"must be as many and of one size, got 4 and 4 of \[\(8, 16\), \(16, 16\)\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be as many and of one size, got 4 and 4 of \[\(8, 16\), \(16, 16\)\]",
+    ):
         data.micrographs(folder, held_out=1)
     Image.fromarray(np.stack([labels[2]] * 3, -1)).save(victim)
-    with pytest.raises(ValueError, match=r"2.png must be 8-bit grey or black and white, got mode 'RGB'"):
+    with pytest.raises(
+        ValueError, match=r"2.png must be 8-bit grey or black and white, got mode 'RGB'"
+    ):
         data.micrographs(folder, held_out=1)
     inverted = Image.fromarray(1 - labels[2] // 255)  # a palette may give any grey to any number
     inverted.putpalette([255, 255, 255, 0, 0, 0])
     inverted.save(victim)
-    with pytest.raises(ValueError, match=r"2.png must be 8-bit grey or black and white, got mode 'P'"):
+    with pytest.raises(
+        ValueError, match=r"2.png must be 8-bit grey or black and white, got mode 'P'"
+    ):
         data.micrographs(folder, held_out=1)
     Image.fromarray(labels[2]).save(victim)
     victim.write_bytes(victim.read_bytes()[:60])
     with pytest.raises(ValueError, match=r"2.png must be a picture, it cannot be read"):
         data.micrographs(folder, held_out=1)
     victim.unlink()
-    with pytest.raises(FileNotFoundError, match=r"2.png must be there, got none: every image has a label"):
+    with pytest.raises(
+        FileNotFoundError, match=r"2.png must be there, got none: every image has a label"
+    ):
         data.micrographs(folder, held_out=1)
     constant = write_pairs(tmp_path / "constant", [labels[0] * 0] * 4, labels)
     with pytest.raises(ValueError, match="images must differ in some pixel"):

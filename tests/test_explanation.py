@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
-from svlib.calls import Call
-from svlib.explanation import Signal, follow, gradient_growth
+from svlib.probing.calls import Call
+from svlib.probing.explanation import Signal, follow, gradient_growth
 from tests import models
 from tests.models import gaussian
 
@@ -49,11 +49,20 @@ def test_theory_of_a_relu_network_is_the_trajectory() -> None:
     np.testing.assert_allclose(theory.v2_fraction, expected.v2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.ReLU(inplace=True)], ids=str)
-@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm1d(WIDTH), nn.LayerNorm(WIDTH)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.ReLU(inplace=True)], ids=str
+)
+@pytest.mark.parametrize(
+    "norm",
+    [nn.Identity(), nn.BatchNorm1d(WIDTH), nn.LayerNorm(WIDTH)],
+    ids=lambda x: type(x).__name__,
+)
 def test_theory_meets_a_wide_network(activation: nn.Module, norm: nn.Module) -> None:
     """Of scale, too: He's weights are too large for a leaky ReLU, and biases add up."""
-    model = wide(nn.Linear(WIDTH, WIDTH), *(part for _ in range(3) for part in (norm, activation, nn.Linear(WIDTH, WIDTH))))
+    model = wide(
+        nn.Linear(WIDTH, WIDTH),
+        *(part for _ in range(3) for part in (norm, activation, nn.Linear(WIDTH, WIDTH))),
+    )
     generator = torch.Generator().manual_seed(1)
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -91,7 +100,9 @@ def test_theory_of_residual_sums() -> None:
     assert (explanation.theory.start[1:] == "").all()
     agree(explanation)
     trunk = sv.theory.trajectory(2, residual=0.25).rho[2]  # the last branch has C of it
-    assert explanation.theory.v2_fraction[3] == pytest.approx(1 - sv.theory.maps.correlation(float(trunk)), abs=0.005)
+    assert explanation.theory.v2_fraction[3] == pytest.approx(
+        1 - sv.theory.maps.correlation(float(trunk)), abs=0.005
+    )
 
 
 class Dependent(nn.Module):
@@ -121,9 +132,15 @@ def test_theory_of_every_call() -> None:
         (Call("linear", (0,), weights), (6.5, 2.5, 0.1)),
         (Call("conv_transpose2d", (0,), weights | {"phases": 4.0}), (6.5, 1.0, 0.1)),
         (Call("batch_norm", (0,), shift), (5.0, 1.0, 0.2)),
-        (Call("batch_norm", (0,), {"scale2": 2.0, "shift2": 1.0, "shift_mean2": 0.2}), (7.0, 3.0, 0.2)),
+        (
+            Call("batch_norm", (0,), {"scale2": 2.0, "shift2": 1.0, "shift_mean2": 0.2}),
+            (7.0, 3.0, 0.2),
+        ),
         (Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0}), (4.0, 4 / 3, 0.0)),
-        (Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0, "eps": 1.0}), (3.0, 1.0, 0.0)),
+        (
+            Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0, "eps": 1.0}),
+            (3.0, 1.0, 0.0),
+        ),
         (Call("dropout", (0,), {"keep": 0.5}), (6.0, 1.0, 0.0)),
         (Call("mul", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), (12.0, 4.0, 0.0)),
         (Call("add", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), (7.0, 5.0, 4.0)),
@@ -134,9 +151,15 @@ def test_theory_of_every_call() -> None:
     behind_relu = Signal(3.0, 1.0, 0.5)
     plain = {"gamma2": 1.0, "beta2": 0.0, "beta_mean2": 0.0, "eps": 0.0}
     assert follow(Call("layer_norm", (0,), plain), [behind_relu]) == pytest.approx((1.0, 0.2, 0.0))
-    assert follow(Call("rms_norm", (0,), plain), [behind_relu]) == pytest.approx((1.0, 1 / 3, 1 / 6))
-    assert follow(Call("relu", (0,)), [Signal(2.0, 0.0, 0.0)]) == pytest.approx((1.0, 1 / math.pi, 1 / math.pi))
-    assert follow(Call("add", (0, 1)), [signal, Signal(1.0, 0.5, 0.2)]) == pytest.approx((4.0, 1.5, 0.2))
+    assert follow(Call("rms_norm", (0,), plain), [behind_relu]) == pytest.approx(
+        (1.0, 1 / 3, 1 / 6)
+    )
+    assert follow(Call("relu", (0,)), [Signal(2.0, 0.0, 0.0)]) == pytest.approx(
+        (1.0, 1 / math.pi, 1 / math.pi)
+    )
+    assert follow(Call("add", (0, 1)), [signal, Signal(1.0, 0.5, 0.2)]) == pytest.approx(
+        (4.0, 1.5, 0.2)
+    )
     beyond: list[tuple[Call, list[Signal | None]]] = [
         (Call("relu", (0,)), [Signal(3.0, 1.0, 1.0)]),  # no Gaussian
         (Call("softmax", (0,)), [signal]),
@@ -152,7 +175,9 @@ def test_theory_of_every_call() -> None:
 class Between(nn.Module):
     """Something between two wide linear layers."""
 
-    def __init__(self, between: Callable[..., torch.Tensor], width: int = WIDTH, **parts: nn.Module) -> None:
+    def __init__(
+        self, between: Callable[..., torch.Tensor], width: int = WIDTH, **parts: nn.Module
+    ) -> None:
         super().__init__()
         self.first, self.last = wide(nn.Linear(WIDTH, WIDTH), nn.Linear(width, WIDTH))
         self.between = between
@@ -184,8 +209,12 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "times a vector": lambda: Between(lambda y: y * positive(WIDTH)),
     "plus a number": lambda: Between(lambda y: y + 2.0),
     "plus a vector": lambda: Between(lambda y: torch.relu(y + gaussian(WIDTH, seed=6))),
-    "BatchNorm, evaluation": lambda: Between(lambda y, norm: norm(y), norm=evaluated(nn.BatchNorm1d(WIDTH))),
-    "LayerNorm of little": lambda: Between(lambda y, norm: norm(1e-3 * y), norm=nn.LayerNorm(WIDTH)),
+    "BatchNorm, evaluation": lambda: Between(
+        lambda y, norm: norm(y), norm=evaluated(nn.BatchNorm1d(WIDTH))
+    ),
+    "LayerNorm of little": lambda: Between(
+        lambda y, norm: norm(1e-3 * y), norm=nn.LayerNorm(WIDTH)
+    ),
     "LeakyReLU, 0.5": lambda: Between(lambda y, relu: relu(y), relu=nn.LeakyReLU(0.5)),
     "RMSNorm": lambda: Between(lambda y, norm: norm(torch.relu(y)), norm=nn.RMSNorm(WIDTH)),
 }
@@ -203,9 +232,13 @@ SILENT: dict[str, Callable[[], nn.Module]] = {
     "add": lambda: Between(lambda y: torch.relu(y) - 0.8),
     "add*": lambda: Between(lambda y: y + torch.randn(y.shape)),
     "mul*": lambda: Between(lambda y: y * (torch.rand(len(y), 1) < 0.5)),
-    "add of dependent signals": lambda: Between(lambda y, layer: layer(y) + layer(y), layer=nn.Linear(WIDTH, WIDTH)),
+    "add of dependent signals": lambda: Between(
+        lambda y, layer: layer(y) + layer(y), layer=nn.Linear(WIDTH, WIDTH)
+    ),
     "setitem": lambda: Between(zero_half),
-    "addmm with weights from the input": lambda: Between(lambda y: torch.addmm(y, y, torch.eye(WIDTH))),
+    "addmm with weights from the input": lambda: Between(
+        lambda y: torch.addmm(y, y, torch.eye(WIDTH))
+    ),
     "add*, alpha": lambda: Between(lambda y: torch.add(y, torch.ones(WIDTH), alpha=2.0)),
 }
 
@@ -257,13 +290,27 @@ def test_theory_of_positions() -> None:
         fraction = sv.explain(table).theory.v2_fraction
         assert fraction.iloc[-1] == pytest.approx(1 - r, abs=0.01)
         assert table.v2_fraction.iloc[-1] == pytest.approx(1 - r, abs=0.06)
-        assert sv.explain(table).theory.sigma2.iloc[-1] == pytest.approx(table.sigma2.iloc[-1], rel=0.1)
+        assert sv.explain(table).theory.sigma2.iloc[-1] == pytest.approx(
+            table.sigma2.iloc[-1], rel=0.1
+        )
     pattern = gaussian(300, 4, 4, seed=3)
     norm, conv = nn.BatchNorm2d(300), models.he_(nn.Conv2d(300, 300, 1))
     cases = {
-        "add of a pattern over positions": (Images(lambda y, conv: conv(y + pattern), conv=conv), noise, "samples"),
-        "mul of a pattern over positions": (Images(lambda y, conv: conv(y * pattern), conv=conv), noise, "samples"),
-        "batch_norm over positions": (Images(lambda y, norm, conv: conv(norm(y)), norm=norm, conv=conv), noise, "units"),
+        "add of a pattern over positions": (
+            Images(lambda y, conv: conv(y + pattern), conv=conv),
+            noise,
+            "samples",
+        ),
+        "mul of a pattern over positions": (
+            Images(lambda y, conv: conv(y * pattern), conv=conv),
+            noise,
+            "samples",
+        ),
+        "batch_norm over positions": (
+            Images(lambda y, norm, conv: conv(norm(y)), norm=norm, conv=conv),
+            noise,
+            "units",
+        ),
         "linear over positions": (
             Images(lambda y, mix: mix(y.flatten(2)), mix=nn.Linear(16, 16)),
             noise,
@@ -275,7 +322,9 @@ def test_theory_of_positions() -> None:
     model, x, _ = cases["add of a pattern over positions"]
     explanation = sv.explain(sv.probe(model, x, positions="units"))
     assert explanation.theory.start.iloc[-1] == ""
-    assert explanation.theory.v2_fraction.iloc[-1] == pytest.approx(explanation.table.v2_fraction.iloc[-1], abs=0.05)
+    assert explanation.theory.v2_fraction.iloc[-1] == pytest.approx(
+        explanation.table.v2_fraction.iloc[-1], abs=0.05
+    )
 
 
 def test_diagnoses_of_a_deep_network() -> None:
@@ -293,7 +342,9 @@ def test_diagnoses_of_a_deep_network() -> None:
     assert {"sound", "gradients"} <= repaired.keys()
     assert "collapse" not in repaired
     assert "calibrated weights" in repaired["theory"]
-    normalized = kinds(sv.networks.mlp(100, width=300, depth=20, outputs=10, batchnorm=True, seed=0), x)
+    normalized = kinds(
+        sv.networks.mlp(100, width=300, depth=20, outputs=10, batchnorm=True, seed=0), x
+    )
     assert "it stops the decay" in normalized["BatchNorm"]
     assert "theory has 0.683" in normalized["BatchNorm"]
     assert {"gradients", "sound"} <= normalized.keys()
@@ -321,7 +372,9 @@ def test_scale_is_judged_between_normalizations() -> None:
     wild = [part for _ in range(8) for part in (nn.Linear(100, 100), nn.ReLU())]
     for layers in ((*wild, nn.Linear(100, 5)), (nn.LayerNorm(100), *wild, nn.Linear(100, 5))):
         assert "σ² goes from" in kinds(wide(*layers, variance=1.0), x)["explosion"]
-    normalized = [part for _ in range(3) for part in (nn.Linear(100, 100), nn.LayerNorm(100), nn.ReLU())]
+    normalized = [
+        part for _ in range(3) for part in (nn.Linear(100, 100), nn.LayerNorm(100), nn.ReLU())
+    ]
     found = kinds(wide(*normalized, nn.Linear(100, 5), variance=1.0), x)
     assert "between normalizations" in found["sound"]
     assert "explosion" not in found
@@ -350,7 +403,11 @@ def test_rows_without_a_signal() -> None:
 
 
 def test_one_batchnorm_is_not_said_to_stop_what_it_does_not() -> None:
-    model = wide(nn.BatchNorm1d(200), *(part for _ in range(25) for part in (nn.Linear(200, 200), nn.ReLU())), variance=0.01)
+    model = wide(
+        nn.BatchNorm1d(200),
+        *(part for _ in range(25) for part in (nn.Linear(200, 200), nn.ReLU())),
+        variance=0.01,
+    )
     found = kinds(model, gaussian(100, 200))
     assert "collapse" in found
     assert "stops" not in found["BatchNorm"]
@@ -361,7 +418,9 @@ def test_units_that_only_seem_dead() -> None:
     first = nn.Linear(20, 30)
     nn.init.constant_(first.bias, -100.0)
     for between in (nn.BatchNorm1d(30), Negated()):
-        assert "dead units" not in kinds(nn.Sequential(first, between, nn.ReLU(), nn.Linear(30, 3)), gaussian(50, 20))
+        assert "dead units" not in kinds(
+            nn.Sequential(first, between, nn.ReLU(), nn.Linear(30, 3)), gaussian(50, 20)
+        )
     pooled = nn.Sequential(first, nn.MaxPool1d(2), nn.ReLU(), nn.Linear(15, 3))
     assert "dead units" in kinds(pooled, gaussian(50, 20))
 
@@ -394,7 +453,10 @@ def test_growth_is_that_of_the_model_s_output() -> None:
 
     with pytest.warns(UserWarning, match="squared gradients grow some 1e"):
         sv.init.sample_(Beside(), gaussian(200, 50))
-    leaky = [Call("input"), *(Call(name, (n,)) for n, name in enumerate(["linear", "leaky_relu", "linear"]))]
+    leaky = [
+        Call("input"),
+        *(Call(name, (n,)) for n, name in enumerate(["linear", "leaky_relu", "linear"])),
+    ]
     leaky[2].options["slope"] = 0.5
     assert gradient_growth(leaky) == pytest.approx(
         sv.theory.maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=0.5)
@@ -409,11 +471,17 @@ def test_parts_of_a_table_and_steps_of_a_training_loop() -> None:
     with sv.Probe(model) as probe:
         for seed in range(2):
             model(gaussian(50, 20, seed=seed))
-    with pytest.raises(ValueError, match=r"table must be of one step, got 2: choose those rows of sv\.Probe's table"):
+    with pytest.raises(
+        ValueError,
+        match=r"table must be of one step, got 2: choose those rows of sv\.Probe's table",
+    ):
         sv.explain(probe.table)
     one = sv.explain(probe.table[probe.table.step == 1])
     assert "no record of the network's calls" in str(one)
-    with pytest.raises(ValueError, match=r"table must have the columns of svlib.probe, got none named \['type', 'inputs'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"table must have the columns of svlib.probe, got none named \['type', 'inputs'\]",
+    ):
         sv.explain(table.drop(columns=["type", "inputs"]))
     with pytest.raises(TypeError, match="title must be a string, got int"):
         sv.report.page(part, title=3, provenance={})  # type: ignore[arg-type]
@@ -439,17 +507,23 @@ def test_a_table_without_calls_and_bad_ones() -> None:
     assert sv.explain(plain).theory.v2.isna().all()
     with pytest.raises(TypeError, match=r"table must be a DataFrame of svlib\.probe, got list"):
         sv.explain([1])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"table must have the columns of svlib.probe, got none named \['m2'\]"):
+    with pytest.raises(
+        ValueError, match=r"table must have the columns of svlib.probe, got none named \['m2'\]"
+    ):
         sv.explain(table.drop(columns="m2"))
     with pytest.raises(ValueError, match="table must have rows, got none"):
         sv.explain(table.iloc[:0])
 
 
 def test_report_refuses_what_is_no_explanation() -> None:
-    with pytest.raises(TypeError, match=r"explanation must be an Explanation of svlib\.explain, got str"):
+    with pytest.raises(
+        TypeError, match=r"explanation must be an Explanation of svlib\.explain, got str"
+    ):
         sv.report.page("text", title="x", provenance={})  # type: ignore[arg-type]
     explanation = sv.explain(sv.probe(nn.Linear(4, 3), gaussian(10, 4)))
-    with pytest.raises(TypeError, match="provenance must be a mapping of names to values, got list"):
+    with pytest.raises(
+        TypeError, match="provenance must be a mapping of names to values, got list"
+    ):
         sv.report.page(explanation, title="x", provenance=[])  # type: ignore[arg-type]
     page = sv.report.page(explanation, title="<b>", provenance={"<i>": "&"})
     assert "<h1>&lt;b&gt;</h1>" in page
@@ -458,7 +532,10 @@ def test_report_refuses_what_is_no_explanation() -> None:
 
 def test_gradient_growth_takes_the_way_of_least_growth() -> None:
     growth = math.pi / (math.pi - 1)
-    plain = [Call(name, (n - 1,) if n else ()) for n, name in enumerate(["input", "linear", "relu", "view", "conv2d", "relu"])]
+    plain = [
+        Call(name, (n - 1,) if n else ())
+        for n, name in enumerate(["input", "linear", "relu", "view", "conv2d", "relu"])
+    ]
     assert gradient_growth(plain) == pytest.approx(growth)
     longer = [*plain, Call("linear", (5,)), Call("linear", (6,))]  # the second follows no ReLU
     assert gradient_growth(longer) == pytest.approx(growth**2)
@@ -476,7 +553,9 @@ def test_gradient_growth_against_measured_gradients() -> None:
     plain = sv.networks.mlp(100, width=100, depth=15, outputs=100, seed=0)
     with pytest.warns(UserWarning, match="squared gradients grow some"):
         table = sv.init.sample_(plain, x, gradients=True)
-    assert float(table.gradient2_after[0]) == pytest.approx(gradient_growth(sv.probe(plain, x).attrs["calls"]), rel=0.5)
+    assert float(table.gradient2_after[0]) == pytest.approx(
+        gradient_growth(sv.probe(plain, x).attrs["calls"]), rel=0.5
+    )
     skips = models.Residual(width=100, depth=12, normalized=False)
     table = sv.init.sample_(skips, gaussian(200, 20), gradients=True)
     product = math.prod(1 + math.pi / (math.pi - 1) / (1 + block) for block in range(12))

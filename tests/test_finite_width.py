@@ -8,7 +8,7 @@ import pytest
 
 import svlib as sv
 from svlib.theory import angles, finite_width, maps, plateau, trajectory
-from svlib.theory.finite_width import _moments
+from svlib.theory.width import _moments
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6])
@@ -16,9 +16,13 @@ def test_averages_by_closed_form(rho: float) -> None:
     """Jakub & Nica (2023), J22 and J31; the correlation map."""
     theta = math.acos(rho)
     j22 = ((math.pi - theta) * (2 * rho**2 + 1) + 3 * math.sin(theta) * rho) / (2 * math.pi)
-    j31 = (3 * (math.pi - theta) * rho + math.sin(theta) * rho**2 + 2 * math.sin(theta)) / (2 * math.pi)
+    j31 = (3 * (math.pi - theta) * rho + math.sin(theta) * rho**2 + 2 * math.sin(theta)) / (
+        2 * math.pi
+    )
     found = _moments(rho, 0.0)
-    np.testing.assert_allclose([found.squares, found.cubic, found.fourth], [4 * j22, 4 * j31, 6], rtol=1e-12)
+    np.testing.assert_allclose(
+        [found.squares, found.cubic, found.fourth], [4 * j22, 4 * j31, 6], rtol=1e-12
+    )
     for slope in (0.0, 0.3, -0.5, 1.0):
         expected = maps.correlation(rho, activation="leaky_relu", negative_slope=slope)
         assert _moments(rho, slope).product == pytest.approx(expected, rel=1e-12)
@@ -28,7 +32,9 @@ def test_averages_by_closed_form(rho: float) -> None:
 def test_averages_by_sampling(slope: float) -> None:
     rho, draws = 0.4, 400_000
     generator = np.random.default_rng(0)
-    z = math.sqrt(rho) * generator.normal(size=(1, draws)) + math.sqrt(1 - rho) * generator.normal(size=(4, draws))
+    z = math.sqrt(rho) * generator.normal(size=(1, draws)) + math.sqrt(1 - rho) * generator.normal(
+        size=(4, draws)
+    )
     a, b, c, d = np.where(z > 0, z, slope * z) / math.sqrt((1 + slope**2) / 2)
     found = _moments(rho, slope)
     for values, expected in (
@@ -42,7 +48,9 @@ def test_linear_networks_by_hand() -> None:
     """For a linear network <phi^4> and all others are Wick's: (3, 1 + 2 rho^2, 3 rho, rho + 2 rho^2, 3 rho^2)."""
     found = _moments(0.3, 1.0)
     expected = [3, 1 + 2 * 0.09, 0.9, 0.3 + 2 * 0.09, 3 * 0.09]
-    np.testing.assert_allclose([found.fourth, found.squares, found.cubic, found.three, found.four], expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        [found.fourth, found.squares, found.cubic, found.three, found.four], expected, rtol=1e-12
+    )
 
 
 CASES = [
@@ -74,14 +82,21 @@ def test_given_norms_and_correlation() -> None:
     record = sv.simulate(300, 20, networks=400, inputs=inputs, seed=1)
     law = finite_width(300, 20, rho0=0.6, input_cv2=cv2)
     found = sv.summarize(record[["v2"]] / record.m2).v2.sel(layer=20)
-    assert abs(float(found.sel(statistic="mean")) - law.v2[20] / law.m2[20]) < 4 * float(found.sel(statistic="error")) + 0.002
+    assert (
+        abs(float(found.sel(statistic="mean")) - law.v2[20] / law.m2[20])
+        < 4 * float(found.sel(statistic="error")) + 0.002
+    )
 
 
 def test_infinite_width_is_the_limit() -> None:
     wide, limit = finite_width(10**9, 30), trajectory(30)
     np.testing.assert_allclose(wide.m2, limit.m2, rtol=1e-6)
     parts = finite_width(50, 30)
-    np.testing.assert_allclose(parts.v2[1:] / parts.m2[1:], (parts.angular + parts.radial + parts.remainder)[1:], rtol=1e-12)
+    np.testing.assert_allclose(
+        parts.v2[1:] / parts.m2[1:],
+        (parts.angular + parts.radial + parts.remainder)[1:],
+        rtol=1e-12,
+    )
     assert parts.m2[0] == 0
     assert finite_width(50, 0, rho0=0.5, input_cv2=1.0).m2[0] == pytest.approx(0.25)
 
@@ -94,10 +109,14 @@ def test_angle_steps_against_networks(width: int) -> None:
         (1e-5, angles.vanishing_angle(width)),
         (0.05, angles.small_angle(0.05, width)),
     ):
-        steps = sv.simulate_angles(width, 1, angle=theta, networks=20_000, seed=1).ln_sin2[:, 1].values
+        steps = (
+            sv.simulate_angles(width, 1, angle=theta, networks=20_000, seed=1).ln_sin2[:, 1].values
+        )
         mean = law.mean + (math.log(math.sin(theta) ** 2) if theta == 1e-5 else 0)
         error = steps.std() / math.sqrt(20_000)
-        second_order = 0 if theta == 1e-5 else 60 / width**2 + (0.1 * theta**2 if theta == 0.05 else 0)
+        second_order = (
+            0 if theta == 1e-5 else 60 / width**2 + (0.1 * theta**2 if theta == 0.05 else 0)
+        )
         assert abs(steps.mean() - mean) < 4 * error + second_order
         assert abs(steps.var() / law.variance - 1) < 4 * math.sqrt(3 / 20_000) + 16 * second_order
 
@@ -112,11 +131,17 @@ def test_expansion_in_forty_digits() -> None:
             j31 = (3 * (pi - t) * c + s * c**2 + 2 * s) / (2 * pi)
             a = 8 * j11**2 * j22 - 8 * j11**4 + 4 * j11**2 - 8 * j11 * j31 + j22 + 1
             b, d = 1 - 4 * j11**2, 4 * j22 - 1 + n
-            mean = mpmath.log((n - 1) * b / d) + 4 * (j22 + 1) * n / d**2 - 4 * a * n / (n - 1) ** 2 / b**2
+            mean = (
+                mpmath.log((n - 1) * b / d)
+                + 4 * (j22 + 1) * n / d**2
+                - 4 * a * n / (n - 1) ** 2 / b**2
+            )
             variance = 8 * n * (j22 + 1) / d**2 + 8 * n * a / (n - 1) ** 2 / b**2
             variance -= 16 * n * (2 * j11**2 - 4 * j11 * j31 + j22 + 1) / (d * (n - 1) * b)
         found = angles.expansion(theta, 32)
-        np.testing.assert_allclose([found.mean, found.variance], [float(mean), float(variance)], atol=1e-5)
+        np.testing.assert_allclose(
+            [found.mean, found.variance], [float(mean), float(variance)], atol=1e-5
+        )
 
 
 def test_small_angles_are_the_limit_of_the_expansion() -> None:
@@ -133,7 +158,9 @@ def test_small_angles_are_the_limit_of_the_expansion() -> None:
 
 def test_exact_law_of_vanishing_angles_at_six_units() -> None:
     """Two active units count: 15 of 57 cases with an angle left."""
-    steps = np.diff(sv.simulate_angles(6, 1, angle=1e-6, networks=40_000, seed=0).ln_sin2.values, axis=1)
+    steps = np.diff(
+        sv.simulate_angles(6, 1, angle=1e-6, networks=40_000, seed=0).ln_sin2.values, axis=1
+    )
     steps = steps[np.isfinite(steps)]
     law = angles.vanishing_angle(6)
     assert abs(steps.mean() - law.mean) < 4 * steps.std() / math.sqrt(len(steps))
@@ -142,9 +169,15 @@ def test_exact_law_of_vanishing_angles_at_six_units() -> None:
 
 
 def test_leaky_plateau() -> None:
-    assert plateau(activation="leaky_relu", negative_slope=0.0) == pytest.approx(plateau(), rel=1e-12)
+    assert plateau(activation="leaky_relu", negative_slope=0.0) == pytest.approx(
+        plateau(), rel=1e-12
+    )
     law = finite_width(1, 4000, activation="leaky_relu", negative_slope=0.2)
-    assert law.radial[4000] < plateau(activation="leaky_relu", negative_slope=0.2) < law.radial[4000] * 1.02
+    assert (
+        law.radial[4000]
+        < plateau(activation="leaky_relu", negative_slope=0.2)
+        < law.radial[4000] * 1.02
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,17 @@ from tests.test_explanation import wide
 from tests.test_probing import gaussian, same, state
 
 MODELS = {
-    "mlp": lambda: (sv.networks.mlp(20, width=30, depth=5, outputs=3, seed=0), gaussian(200, 20), gaussian(200, 20, seed=1)),
+    "mlp": lambda: (
+        sv.networks.mlp(20, width=30, depth=5, outputs=3, seed=0),
+        gaussian(200, 20),
+        gaussian(200, 20, seed=1),
+    ),
     "all-cnn-c": lambda: (sv.networks.all_cnn_c(6, channels=1, seed=0), *digits()),
-    "u-net": lambda: (sv.networks.UNet(4, levels=2, seed=0), gaussian(32, 1, 16, 16), gaussian(32, 1, 16, 16, seed=1)),
+    "u-net": lambda: (
+        sv.networks.UNet(4, levels=2, seed=0),
+        gaussian(32, 1, 16, 16),
+        gaussian(32, 1, 16, 16, seed=1),
+    ),
     "defaults of torch, float64": lambda: (
         nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)).double(),
         gaussian(200, 20).double(),
@@ -114,10 +122,30 @@ class FailsTheSecondTime(nn.Module):
 @pytest.mark.parametrize(
     ("model", "initializer", "error", "message"),
     [
-        (constant_units(), sv.init.sample_, ValueError, r"layer '2' must have positive, finite scales .* got 3 of 3 not so"),
-        (nn.Sequential(nn.Linear(4, 4), FailsTheSecondTime()), sv.init.sample_, RuntimeError, "half-way"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), sv.init.total_, ValueError, "must hold its weight"),
-        (nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), sv.init.total_, ValueError, "module '1', a LSTM, must be frozen"),
+        (
+            constant_units(),
+            sv.init.sample_,
+            ValueError,
+            r"layer '2' must have positive, finite scales .* got 3 of 3 not so",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 4), FailsTheSecondTime()),
+            sv.init.sample_,
+            RuntimeError,
+            "half-way",
+        ),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            sv.init.total_,
+            ValueError,
+            "must hold its weight",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)),
+            sv.init.total_,
+            ValueError,
+            "module '1', a LSTM, must be frozen",
+        ),
     ],
     ids=["no variance", "raises", "parametrized", "beyond"],
 )
@@ -136,7 +164,11 @@ def test_no_trace_but_the_weights() -> None:
     sv.init.sample_(model, gaussian(30, 4))
     after = state(model)
     weights = {"0.weight", "0.bias", "3.weight", "3.bias"}
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(before["state"][name], value)}  # type: ignore[index]
+    changed = {
+        name
+        for name, value in model.state_dict().items()
+        if not torch.equal(before["state"][name], value)
+    }  # type: ignore[index]
     assert changed == weights
     before.pop("state"), after.pop("state")
     same(before, after)
@@ -163,7 +195,9 @@ def test_what_is_left_is_said() -> None:
     twice, tied = Shared(tied=False), Shared(tied=True)
     assert sv.init.sample_(twice, x).done.tolist() == ["set", "set", "left, set as 'second'"]
     assert sv.init.sample_(tied, x).done.tolist() == ["set", "left, set as 'first'"]
-    frozen = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    frozen = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 2)
+    )
     frozen[0].bias.requires_grad_(False)
     before = copy.deepcopy(frozen[0].state_dict())
     table = sv.init.sample_(frozen, x)
@@ -226,16 +260,24 @@ def test_layers_without_bias_that_keep_their_means_are_named() -> None:
     assert table.ratio_after.iloc[-1] > 1
     for layer in list(bare)[::2]:
         layer.bias = nn.Parameter(torch.zeros(50))
-    assert sv.init.sample_(bare, x).ratio_after.max() == 0  # no warning, as warnings are errors here
+    assert (
+        sv.init.sample_(bare, x).ratio_after.max() == 0
+    )  # no warning, as warnings are errors here
     normalized = nn.Sequential(
-        *(part for _ in range(9) for part in (nn.Linear(50, 50, bias=False), nn.BatchNorm1d(50), nn.ReLU()))
+        *(
+            part
+            for _ in range(9)
+            for part in (nn.Linear(50, 50, bias=False), nn.BatchNorm1d(50), nn.ReLU())
+        )
     )
     assert sv.init.sample_(normalized, x).ratio_after.max() < 1
 
 
 def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
     model, x = sv.networks.mlp(64, width=64, depth=20, outputs=10, seed=0), gaussian(300, 64)
-    with pytest.warns(UserWarning, match=r"squared gradients grow some 1e\+03 times from the model"):
+    with pytest.warns(
+        UserWarning, match=r"squared gradients grow some 1e\+03 times from the model"
+    ):
         table = sv.init.sample_(model, x, gradients=True)
     growth = float(table.gradient2_after[3] / table.gradient2_after[15]) ** (1 / 12)
     assert growth == pytest.approx(np.pi / (np.pi - 1), rel=0.1)
@@ -248,7 +290,9 @@ def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
 
 def test_compiled_models_are_set() -> None:
     x = gaussian(200, 20)
-    compiled = torch.compile(sv.networks.mlp(20, width=30, depth=3, outputs=3, seed=0), backend="eager")
+    compiled = torch.compile(
+        sv.networks.mlp(20, width=30, depth=3, outputs=3, seed=0), backend="eager"
+    )
     compiled(x)
     part = nn.Sequential(nn.Linear(20, 20), torch.compile(nn.Linear(20, 20), backend="eager"))  # type: ignore[call-overload]
     for model in (compiled, part):
@@ -291,7 +335,10 @@ class Whims(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(Standardized(4, 4), nn.Linear(4, 4)), "layer '0' must use its weight as it is .* where 1 was set"),
+        (
+            nn.Sequential(Standardized(4, 4), nn.Linear(4, 4)),
+            "layer '0' must use its weight as it is .* where 1 was set",
+        ),
         (Whims(), "model must call the same layers every time"),
     ],
     ids=["computes with its weight", "calls as it likes"],
@@ -318,5 +365,7 @@ def test_models_that_torch_would_speed_up_past_their_layers() -> None:
     model.self_attn.requires_grad_(False)
     padding = torch.zeros(5, 3, dtype=torch.bool)
     padding[:, 2] = True
-    table = sv.init.sample_(model, {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}, gradients=True)
+    table = sv.init.sample_(
+        model, {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}, gradients=True
+    )
     assert table.done.tolist() == ["set", "set"]

@@ -38,7 +38,9 @@ def test_without_positions_is_the_textbook_estimate() -> None:
     y = GENERATOR.normal(1.0, 2.0, (7, 3))
     found = decompose(y)
     np.testing.assert_allclose(found.variance, y.var(0, ddof=1), rtol=1e-13)
-    np.testing.assert_allclose(found.squared_mean, y.mean(0) ** 2 - y.var(0, ddof=1) / 7, rtol=1e-13)
+    np.testing.assert_allclose(
+        found.squared_mean, y.mean(0) ** 2 - y.var(0, ddof=1) / 7, rtol=1e-13
+    )
 
 
 def test_unbiased() -> None:
@@ -63,7 +65,9 @@ def test_after_batchnorm_m2_is_minus_one_over_inputs_less_one() -> None:
     merged=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_chunks_give_the_same(cuts: list[int], offset: float, positions: int, merged: bool) -> None:
+def test_any_chunks_give_the_same(
+    cuts: list[int], offset: float, positions: int, merged: bool
+) -> None:
     y = np.random.default_rng(1).normal(size=(50, 4, positions)) + offset
     chunks = np.split(y, sorted(set(cuts)))
     whole, parts = decompose(y, 0, 1, (2,)), Moments(0, 1, (2,))
@@ -80,7 +84,9 @@ def test_keeps_accuracy_beside_a_large_mean() -> None:
     y = GENERATOR.normal(size=(1000, 3))
     np.testing.assert_allclose(decompose(y + 2.0**40).variance, decompose(y).variance, rtol=1e-3)
     mean_of_squares = ((y + 2.0**40) ** 2).mean(0) - (y + 2.0**40).mean(0) ** 2
-    assert not np.allclose(mean_of_squares, y.var(0), rtol=0.5)  # the formula that this guards against
+    assert not np.allclose(
+        mean_of_squares, y.var(0), rtol=0.5
+    )  # the formula that this guards against
 
 
 def test_blocks_give_the_same_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +125,11 @@ def test_zero_over_zero_is_nan_without_a_warning() -> None:
         (np.ones((0, 3)), ValueError, "must not be empty"),
         (np.ones((2, 0)), ValueError, "must not be empty"),
         (np.ones(3), ValueError, r"distinct dimensions \(0, -1\)"),
-        (np.array([[1.0, np.nan], [1, 1]]), ValueError, "y must be finite, got 1 NaN or infinite of 4"),
+        (
+            np.array([[1.0, np.nan], [1, 1]]),
+            ValueError,
+            "y must be finite, got 1 NaN or infinite of 4",
+        ),
         (np.array([[1.0, np.inf], [1, 1]]), ValueError, "must be finite"),
         (np.ones((2, 2), dtype=complex), TypeError, "real numbers"),
         (np.ones((2, 2), dtype=bool), TypeError, "real numbers"),
@@ -155,8 +165,12 @@ def test_split_along_ray_by_hand() -> None:
             along = (y[network] - mean) @ ray
             across = y[network] - mean - np.outer(along, ray)
             expected = decompose(y[network])
-            np.testing.assert_allclose(found.radial[network], (along**2).sum() / 5 / 4, rtol=tolerance)
-            np.testing.assert_allclose(found.angular[network], (across**2).sum() / 5 / 4, rtol=tolerance)
+            np.testing.assert_allclose(
+                found.radial[network], (along**2).sum() / 5 / 4, rtol=tolerance
+            )
+            np.testing.assert_allclose(
+                found.angular[network], (across**2).sum() / 5 / 4, rtol=tolerance
+            )
             np.testing.assert_allclose(found.m2[network], expected.m2, rtol=tolerance)
             np.testing.assert_allclose(found.v2[network], expected.v2, rtol=tolerance)
 
@@ -183,4 +197,6 @@ def test_split_at_the_ends_of_float32() -> None:
     y = np.array([[1, 2], [3, 7]], dtype=np.float32)
     for scale in (1e-25, 1e25):
         found, expected = split_along_ray(y * np.float32(scale)), split_along_ray(y)
-        np.testing.assert_allclose([found.m2, found.v2], np.array([expected.m2, expected.v2]) * scale**2, rtol=1e-5)
+        np.testing.assert_allclose(
+            [found.m2, found.v2], np.array([expected.m2, expected.v2]) * scale**2, rtol=1e-5
+        )

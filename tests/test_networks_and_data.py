@@ -12,7 +12,11 @@ import svlib as sv
 
 def test_all_cnn_c_is_the_published_one() -> None:
     model = sv.networks.all_cnn_c(seed=0)
-    found = [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in model if isinstance(c, nn.Conv2d)]
+    found = [
+        (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0])
+        for c in model
+        if isinstance(c, nn.Conv2d)
+    ]
     assert found == [
         (3, 96, 3, 1), (96, 96, 3, 1), (96, 96, 3, 2), (96, 192, 3, 1), (192, 192, 3, 1), (192, 192, 3, 2),
         (192, 192, 3, 1), (192, 192, 1, 1), (192, 10, 1, 1),
@@ -30,7 +34,9 @@ def test_every_layer_but_the_last_has_batchnorm(batchnorm: bool) -> None:
     ]
     for model in models:
         relus = sum(isinstance(module, nn.ReLU) for module in model.modules())
-        norms = sum(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+        norms = sum(
+            isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()
+        )
         assert norms == (relus if batchnorm else 0)
         assert not any(isinstance(module, nn.Dropout) for module in model.modules())
 
@@ -41,7 +47,11 @@ def test_u_net_uses_every_level_and_skip() -> None:
     rows = sv.probe(model, x)
     assert model(x).shape == (2, 1, 24, 16)
     assert len(rows) == 2 * 4 + 3 * 3 + 1
-    assert [tuple(shape)[1:] for shape in rows.loc[rows.type == "ConvTranspose2d", "shape"]] == [(6, 4), (12, 8), (24, 16)]
+    assert [tuple(shape)[1:] for shape in rows.loc[rows.type == "ConvTranspose2d", "shape"]] == [
+        (6, 4),
+        (12, 8),
+        (24, 16),
+    ]
     with pytest.raises(ValueError, match=r"sides divisible by 8, got \(2, 1, 20, 16\)"):
         model(torch.rand(2, 1, 20, 16))
 
@@ -52,11 +62,15 @@ def test_he_initialization_keeps_the_total_variance() -> None:
     layers = sv.networks.UNet(64, levels=1, seed=0)
     rows = sv.probe(layers, torch.randn(4, 1, 32, 32, generator=generator))
     hidden = rows[rows["name"].isin(["down.0.3", "down.1.3", "join.0.3"])].sigma2
-    assert ((hidden > 1) & (hidden < 6)).all()  # layer 0 has 2; max-pooling raises, padding lowers it
+    assert (
+        (hidden > 1) & (hidden < 6)
+    ).all()  # layer 0 has 2; max-pooling raises, padding lowers it
     up = layers.up[0]
     assert isinstance(up, nn.ConvTranspose2d)
     assert float(up.weight.detach().var()) == pytest.approx(2 / 128, rel=0.05)
-    for layer in sv.probing.weighted_layers(sv.networks.mlp(300, width=300, depth=3, outputs=300, seed=0)).values():
+    for layer in sv.probing.weighted_layers(
+        sv.networks.mlp(300, width=300, depth=3, outputs=300, seed=0)
+    ).values():
         assert float(layer.weight.detach().var()) * 150 == pytest.approx(1, rel=0.03)
         assert layer.bias is not None
         assert not layer.bias.detach().any()
@@ -71,7 +85,10 @@ def test_seeds() -> None:
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(sv.data.gaussian(3, 2, seed=1), sv.data.gaussian(3, 2, seed=1))
-    assert torch.equal(sv.data.membranes(2, 1, size=16, seed=1).images, sv.data.membranes(2, 1, size=16, seed=1).images)
+    assert torch.equal(
+        sv.data.membranes(2, 1, size=16, seed=1).images,
+        sv.data.membranes(2, 1, size=16, seed=1).images,
+    )
 
 
 def test_digits() -> None:
@@ -85,7 +102,9 @@ def test_digits() -> None:
     eight = sv.data.digits(8).images[:, 0].flatten(1)
     means = torch.stack([eight[split.labels == digit].mean(0) for digit in range(10)])
     guesses = torch.cdist(sv.data.digits(8).held_out_images[:, 0].flatten(1), means).argmin(1)
-    assert float((guesses == split.held_out_labels).float().mean()) > 0.8  # images and labels belong together
+    assert (
+        float((guesses == split.held_out_labels).float().mean()) > 0.8
+    )  # images and labels belong together
 
 
 def test_membranes() -> None:

@@ -33,13 +33,19 @@ def test_decomposition_over_theory() -> None:
     explanation = sv.explain(sv.probe(model, sv.data.gaussian(50, 20, seed=1)))
     lines = sv.plot.decomposition(explanation.table, theory=explanation.theory).lines
     np.testing.assert_allclose(np.asarray(lines[-1].get_ydata()), np.sqrt(explanation.table.sigma2))
-    broad = [line for line in lines if line.get_linewidth() > 5 and len(np.asarray(line.get_ydata()))]
-    assert sorted({len(np.asarray(line.get_ydata())) for line in broad}) == [6]  # one piece: theory starts at the first layer
+    broad = [
+        line for line in lines if line.get_linewidth() > 5 and len(np.asarray(line.get_ydata()))
+    ]
+    assert sorted({len(np.asarray(line.get_ydata())) for line in broad}) == [
+        6
+    ]  # one piece: theory starts at the first layer
     np.testing.assert_allclose(np.asarray(broad[1].get_ydata()), np.sqrt(explanation.theory.v2))
 
 
 def test_decomposition_on_a_logarithmic_scale_where_sigma_changes_much() -> None:
-    table = sv.probe(sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0), sv.data.gaussian(50, 20, seed=1))
+    table = sv.probe(
+        sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0), sv.data.gaussian(50, 20, seed=1)
+    )
     assert sv.plot.decomposition(table).get_yscale() == "linear"
     faded = table.assign(m2=table.m2 * 10.0 ** -np.arange(6), v2=table.v2 * 10.0 ** -np.arange(6))
     axes = sv.plot.decomposition(faded)
@@ -48,7 +54,11 @@ def test_decomposition_on_a_logarithmic_scale_where_sigma_changes_much() -> None
     for arguments, error, message in (
         ({"table": [1.0]}, TypeError, "table must have m2 and v2 by layer, got list"),
         ({"table": table, "theory": 3}, TypeError, "theory must have m2 and v2 by layer, got int"),
-        ({"table": table, "theory": sv.theory.trajectory(2)}, ValueError, "theory must have the 6 layers of table, got 3"),
+        (
+            {"table": table, "theory": sv.theory.trajectory(2)},
+            ValueError,
+            "theory must have the 6 layers of table, got 3",
+        ),
     ):
         with pytest.raises(error, match=message):
             sv.plot.decomposition(**arguments)
@@ -60,7 +70,9 @@ def test_ratio_draws_mean_and_standard_deviation_over_networks() -> None:
     np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), record.ratio.mean("network"))
     heights = axes.collections[0].get_paths()[0].vertices
     spread = record.ratio.std("network", ddof=1)
-    assert np.asarray(heights)[:, 1].max() == pytest.approx(float((record.ratio.mean("network") + spread).max()))
+    assert np.asarray(heights)[:, 1].max() == pytest.approx(
+        float((record.ratio.mean("network") + spread).max())
+    )
 
 
 def test_given_axes_are_used_and_returned() -> None:
@@ -78,7 +90,8 @@ def test_cobweb_follows_the_iterates() -> None:
 def test_a_diverged_seed_ends_the_line() -> None:
     """Without it the mean of the others would seem to fall."""
     runs = [
-        xr.Dataset({"loss": ("iteration", loss)}, {"iteration": range(4)}) for loss in ([1.0] * 4, [3.0, 3.0, np.nan, np.nan])
+        xr.Dataset({"loss": ("iteration", loss)}, {"iteration": range(4)})
+        for loss in ([1.0] * 4, [3.0, 3.0, np.nan, np.nan])
     ]
     line = sv.plot.losses({"a": runs}).lines[0]
     np.testing.assert_array_equal(np.asarray(line.get_ydata()), [2, 2, np.nan, np.nan])
@@ -103,11 +116,16 @@ def test_bad_index() -> None:
 def test_learning_rates_show_every_seed_and_no_mean_of_survivors() -> None:
     coordinates = {"initialization": ["a", "b"], "learning_rate": [0.1, 1.0], "seed": [0, 1]}
     losses = xr.DataArray([[[1.0, 3.0], [5.0, np.inf]], [[2.0, 2.0], [4.0, 6.0]]], coordinates)
-    lines = sv.plot.learning_rates(losses, {"b": "second", "a": "first"}).lines  # mean, then a line of points per seed
+    lines = sv.plot.learning_rates(
+        losses, {"b": "second", "a": "first"}
+    ).lines  # mean, then a line of points per seed
     drawn = [np.asarray(line.get_ydata()).tolist() for line in lines]
     assert drawn[:3] == [[2, 5], [2, 4], [2, 6]]
     np.testing.assert_array_equal(drawn[3:], [[2, np.nan], [1, 5], [3, np.nan]])
-    assert [text.get_text() for text in lines[0].axes.get_legend().get_texts()] == ["second", "first"]  # type: ignore[union-attr]
+    assert [text.get_text() for text in lines[0].axes.get_legend().get_texts()] == [
+        "second",
+        "first",
+    ]  # type: ignore[union-attr]
 
 
 def test_training_layers() -> None:
@@ -115,7 +133,8 @@ def test_training_layers() -> None:
     m2 = np.random.default_rng(0).random((2, 3, 4))
     gradient = np.random.default_rng(1).random((2, 3, 4))
     run = xr.Dataset(
-        {"m2": (dims, m2), "v2": (dims, 3 - m2), "gradient2": (dims, gradient)}, {"probed": [0, 9], "layer": [1, 2, 3]}
+        {"m2": (dims, m2), "v2": (dims, 3 - m2), "gradient2": (dims, gradient)},
+        {"probed": [0, 9], "layer": [1, 2, 3]},
     )
     grid = sv.plot.training_layers({"one": run, "two": run})
     assert grid.shape == (2, 2)

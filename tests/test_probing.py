@@ -28,7 +28,9 @@ def by_hand(y: torch.Tensor, unit: int) -> tuple[float, float]:
     """m^2 over all pairs of different inputs, v^2 = mean square - m^2, in float64."""
     units = y.double().movedim(unit, 1).flatten(2) if y.ndim > 2 else y.double()[..., None]
     means = units.mean(2).numpy()
-    pairs = np.mean([means[a] * means[b] for a, b in permutations(range(len(means)), 2)], axis=0).mean()
+    pairs = np.mean(
+        [means[a] * means[b] for a, b in permutations(range(len(means)), 2)], axis=0
+    ).mean()
     return float(pairs), float((units**2).mean()) - float(pairs)
 
 
@@ -42,10 +44,19 @@ def shifted(model: nn.Module, offset: float) -> nn.Module:
 
 MODELS = {
     "mlp": (sv.networks.mlp(12, width=9, depth=4, outputs=5, seed=0), gaussian(7, 12)),
-    "mlp, m/v of 100": (shifted(sv.networks.mlp(12, width=9, depth=2, outputs=5, seed=0), 300.0), gaussian(7, 12)),
-    "mlp, BatchNorm": (sv.networks.mlp(12, width=9, depth=4, outputs=5, batchnorm=True, seed=0), gaussian(7, 12)),
+    "mlp, m/v of 100": (
+        shifted(sv.networks.mlp(12, width=9, depth=2, outputs=5, seed=0), 300.0),
+        gaussian(7, 12),
+    ),
+    "mlp, BatchNorm": (
+        sv.networks.mlp(12, width=9, depth=4, outputs=5, batchnorm=True, seed=0),
+        gaussian(7, 12),
+    ),
     "all-cnn-c": (sv.networks.all_cnn_c(4, seed=0), gaussian(5, 3, 16, 16)),
-    "all-cnn-c, BatchNorm": (sv.networks.all_cnn_c(4, batchnorm=True, seed=0), gaussian(5, 3, 16, 16)),
+    "all-cnn-c, BatchNorm": (
+        sv.networks.all_cnn_c(4, batchnorm=True, seed=0),
+        gaussian(5, 3, 16, 16),
+    ),
     "u-net": (sv.networks.UNet(3, levels=2, seed=0), gaussian(4, 1, 8, 8)),
     "tokens": (nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), gaussian(4, 11, 6)),
     "conv1d": (nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose1d(3, 2, 2)), gaussian(4, 2, 9)),
@@ -58,7 +69,9 @@ def test_equals_arithmetic_by_hand(name: str) -> None:
     model, x = MODELS[name]
     stored: dict[str, torch.Tensor] = {}
     hooks = [
-        layer.register_forward_hook(lambda _, __, y, name=name: stored.__setitem__(name, y.detach()))
+        layer.register_forward_hook(
+            lambda _, __, y, name=name: stored.__setitem__(name, y.detach())
+        )
         for name, layer in sv.probing.weighted_layers(model).items()
     ]
     model(x)
@@ -154,7 +167,9 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("fails", [True, False])
 def test_no_trace(training: bool, fails: bool) -> None:
     last: nn.Module = Failing() if fails else nn.Linear(6, 2)
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), Draws(), last).train(training)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), Draws(), last
+    ).train(training)
     model[0].weight.requires_grad_(False)
     x = gaussian(9, 4)
     before = state(model)
@@ -200,17 +215,42 @@ def test_gradients_grow_through_batchnorm_as_predicted() -> None:
     ("model", "batches", "error", "message"),
     [
         ("model", gaussian(3, 4), TypeError, "model must be a torch.nn.Module, got str"),
-        (nn.ReLU(), gaussian(3, 4), ValueError, "must have a linear or convolutional layer, got ReLU"),
-        (nn.LazyLinear(2), gaussian(3, 4), ValueError, "model must have all its parameters, got lazy ones"),
+        (
+            nn.ReLU(),
+            gaussian(3, 4),
+            ValueError,
+            "must have a linear or convolutional layer, got ReLU",
+        ),
+        (
+            nn.LazyLinear(2),
+            gaussian(3, 4),
+            ValueError,
+            "model must have all its parameters, got lazy ones",
+        ),
         (nn.Linear(4, 2), 3, TypeError, "batches must be a tensor or an iterable"),
         (nn.Linear(4, 2), {"input": 3}, TypeError, "batches must hold tensors, .* got dict"),
-        (nn.Linear(4, 2), [(3, gaussian(3, 4))], TypeError, "batches must hold tensors, tuples that start with one"),
-        (nn.Linear(4, 2), torch.tensor(1.0), ValueError, "batches must have the inputs along their first dimension"),
+        (
+            nn.Linear(4, 2),
+            [(3, gaussian(3, 4))],
+            TypeError,
+            "batches must hold tensors, tuples that start with one",
+        ),
+        (
+            nn.Linear(4, 2),
+            torch.tensor(1.0),
+            ValueError,
+            "batches must have the inputs along their first dimension",
+        ),
         (nn.Linear(4, 2), "text", TypeError, "batches must be a tensor or an iterable"),
         (nn.Linear(4, 2), [np.ones((3, 4))], TypeError, "batches must hold tensors"),
         (nn.Linear(4, 2), [], ValueError, "at least 2 inputs, got none"),
         (nn.Linear(4, 2), gaussian(1, 4), ValueError, "at least 2 inputs, got 1"),
-        (nn.Linear(4, 2), torch.full((3, 4), torch.nan), ValueError, "batches must be finite, got 12 NaN"),
+        (
+            nn.Linear(4, 2),
+            torch.full((3, 4), torch.nan),
+            ValueError,
+            "batches must be finite, got 12 NaN",
+        ),
     ],
 )
 def test_bad_input(model: nn.Module, batches: object, error: type[Exception], message: str) -> None:
@@ -237,13 +277,17 @@ def test_masks_may_be_infinite() -> None:
 def test_bad_gradients() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         sv.probe_gradients(3, gaussian(3, 2), seed=0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model must return a floating-point tensor, got dict with none"):
+    with pytest.raises(
+        TypeError, match="model must return a floating-point tensor, got dict with none"
+    ):
         sv.probe_gradients(Returns({}), gaussian(3, 2), seed=0)
     with pytest.raises(TypeError, match=r"seed must be an integer, got 0\.5"):
         sv.probe_gradients(nn.Linear(2, 2), gaussian(3, 2), seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seed must be at least 0"):
         sv.probe_gradients(nn.Linear(2, 2), gaussian(3, 2), seed=-1)
-    with pytest.raises(TypeError, match="inputs must be one batch: a tensor, tuple or dict, got list"):
+    with pytest.raises(
+        TypeError, match="inputs must be one batch: a tensor, tuple or dict, got list"
+    ):
         sv.probe_gradients(nn.Linear(2, 2), [1.0], seed=0)
 
 
@@ -295,7 +339,9 @@ class Windows(Flattens):
 
 def test_rows_that_merge_inputs_are_left_out() -> None:
     model, x = Windows(), gaussian(3, 6, 4)
-    with pytest.warns(UserWarning, match="1 outputs have no row, for they merge the 3 inputs .*: layer"):
+    with pytest.warns(
+        UserWarning, match="1 outputs have no row, for they merge the 3 inputs .*: layer"
+    ):
         table = sv.probe(model, x)
     assert list(table.name) == ["before", "after"]
     assert sv.explain(table).theory.start.tolist() == ["input", ""]
@@ -310,7 +356,9 @@ def test_inputs_must_stay_apart() -> None:
         sv.probe(Flattens(), gaussian(3, 5, 4))
     with pytest.raises(ValueError, match="layer '' must see a batch"):
         sv.probe(nn.Conv2d(1, 2, 3), gaussian(1, 6, 6))
-    with pytest.raises(TypeError, match=r"batches must be of the model's torch.float32, got torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"batches must be of the model's torch.float32, got torch.float64"
+    ):
         sv.probe(nn.Linear(4, 2), gaussian(3, 4).double())
 
 
@@ -349,7 +397,9 @@ def test_no_weighted_layer_called() -> None:
     with pytest.raises(ValueError, match="model must call a weighted layer"):
         sv.probe(Idle(), gaussian(3, 4))
     half_idle = nn.Sequential(nn.Linear(4, 4), Idle())
-    with pytest.raises(ValueError, match=r"layer '1\.layer' must be called in the model's forward pass"):
+    with pytest.raises(
+        ValueError, match=r"layer '1\.layer' must be called in the model's forward pass"
+    ):
         sv.init.total_(half_idle, gaussian(3, 4))
 
 
@@ -361,7 +411,9 @@ def by_hand_of_any(y: np.ndarray, unit: int, positions: str) -> tuple[float, flo
     centre = means.mean(0)  # sums of products of what is left lose no digits
     rest = means - centre
     pairs = centre**2 - (rest**2).sum(0) / (len(y) * (len(y) - 1))
-    return float(pairs.mean()), float(((y - centre[:, None]) ** 2).mean() + (centre**2).mean() - pairs.mean())
+    return float(pairs.mean()), float(
+        ((y - centre[:, None]) ** 2).mean() + (centre**2).mean() - pairs.mean()
+    )
 
 
 @pytest.mark.parametrize("positions", ["samples", "units"])
@@ -380,7 +432,12 @@ def test_any_model_equals_arithmetic_by_hand(name: str, shift: int, positions: s
     stored: list[tuple[np.ndarray, int]] = []
 
     def store(layer: nn.Module, _: object, y: torch.Tensor) -> None:
-        stored.append((y.detach().numpy().copy(), 1 if isinstance(layer, nn.modules.conv._ConvNd) else y.ndim - 1))
+        stored.append(
+            (
+                y.detach().numpy().copy(),
+                1 if isinstance(layer, nn.modules.conv._ConvNd) else y.ndim - 1,
+            )
+        )
 
     hooks = [layer.register_forward_hook(store) for layer in layers.values()]
     table = sv.probe(model, batch, positions=positions)
@@ -388,14 +445,18 @@ def test_any_model_equals_arithmetic_by_hand(name: str, shift: int, positions: s
         hook.remove()
     assert len(table) == len(stored) >= 5
     worst = 0.0
-    for (y, unit), found_m2, found_v2 in zip(stored, table.m2.to_numpy(), table.v2.to_numpy(), strict=True):
+    for (y, unit), found_m2, found_v2 in zip(
+        stored, table.m2.to_numpy(), table.v2.to_numpy(), strict=True
+    ):
         m2, v2_by_hand = by_hand_of_any(y, unit, positions)
         assert found_v2 == pytest.approx(v2_by_hand, rel=1e-6)
         assert found_m2 == pytest.approx(m2, rel=1e-6, abs=1e-6 * (m2 + v2_by_hand))
         worst = max(worst, abs(found_v2 / v2_by_hand - 1))
     if shift and layers[table.name[0]].bias is not None:
         assert table.ratio.max() > 50
-    print(f"{name}, {len(table)} rows, m/v up to {table.ratio.max():.0f}, {positions}: v2 within {worst:.0e}")
+    print(
+        f"{name}, {len(table)} rows, m/v up to {table.ratio.max():.0f}, {positions}: v2 within {worst:.0e}"
+    )
 
 
 class Functional(nn.Module):
@@ -411,7 +472,9 @@ def test_all_rows_of_modules_and_functions() -> None:
     table = sv.probe(Functional(), x, layers="all")
     assert list(table.name) == ["matmul", "relu", "add", "mul", "relu (2)"]  # relu_ is one, too
     y = x.relu() + x
-    for row, expected in zip(table.itertuples(), (x, x.relu(), y, 2 * y, (2 * y).relu()), strict=True):
+    for row, expected in zip(
+        table.itertuples(), (x, x.relu(), y, 2 * y, (2 * y).relu()), strict=True
+    ):
         assert row.v2 == pytest.approx(float(expected.double().var(0).mean()), rel=1e-6)
     model = models.VGGLike()
     everything = sv.probe(model, gaussian(4, 1, 16, 16), layers="all")
@@ -423,7 +486,11 @@ def test_all_rows_of_modules_and_functions() -> None:
     chosen = sv.probe(model, gaussian(4, 1, 16, 16), layers=["hidden.1", "*relu*", nn.Linear])
     assert list(chosen.name) == ["relu", "hidden.1", "relu (2)", "relu (3)", "relu (4)", "scores"]
     for layers, error, message in (
-        ("relu", TypeError, "layers must be None, 'all' or a list of names and module types, got 'relu'"),
+        (
+            "relu",
+            TypeError,
+            "layers must be None, 'all' or a list of names and module types, got 'relu'",
+        ),
         ([], TypeError, "layers must hold names"),
         ([3], TypeError, r"layers must hold names .* got \[3\]"),
         (["nothing"], ValueError, "model must call what layers names, got none called"),
@@ -458,21 +525,36 @@ def test_tuples_and_dictionaries_are_arguments() -> None:
     expected = sv.probe(model, {"a": a, "b": b})
     assert list(expected.name) == ["first", "second", "first (2)"]
     labels = torch.zeros(9)
-    for batches in ([(a, b)], [(a, b, labels)], [{"b": b, "a": a, "scale": 2.0}], [{"a": a[:4], "b": b[:4]}, (a[4:], b[4:])]):
+    for batches in (
+        [(a, b)],
+        [(a, b, labels)],
+        [{"b": b, "a": a, "scale": 2.0}],
+        [{"a": a[:4], "b": b[:4]}, (a[4:], b[4:])],
+    ):
         np.testing.assert_allclose(sv.probe(model, batches).v2, expected.v2, rtol=1e-6)
     names = sv.probe(model, {"a": a, "b": b}, layers="all").name
     assert list(names) == ["first", "second", "add", "first (2)", "['logits']", "['pair'][0]"]
     gradients = sv.probe_gradients(model, (a, b), seed=0)
     assert list(gradients.name) == ["first", "second", "first (2)"]
-    assert sv.init.sample_(model, [{"a": a[:4], "b": b[:4]}, {"a": a[4:], "b": b[4:]}]).done.tolist()[2].startswith("left, set")
+    assert (
+        sv.init.sample_(model, [{"a": a[:4], "b": b[:4]}, {"a": a[4:], "b": b[4:]}])
+        .done.tolist()[2]
+        .startswith("left, set")
+    )
 
 
 def test_weights_that_are_not_called_are_named() -> None:
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.warns(UserWarning, match=r"1 outputs have no row, for they were not called as modules: self_attn\.out_proj"):
+    with pytest.warns(
+        UserWarning,
+        match=r"1 outputs have no row, for they were not called as modules: self_attn\.out_proj",
+    ):
         table = sv.probe(attention, gaussian(5, 3, 8))
     assert list(table.name) == ["linear1", "linear2"]
-    assert "self_attn" in sv.probe(attention, gaussian(5, 3, 8), layers=[nn.MultiheadAttention]).name[0]
+    assert (
+        "self_attn"
+        in sv.probe(attention, gaussian(5, 3, 8), layers=[nn.MultiheadAttention]).name[0]
+    )
 
 
 def test_compiled_models_run_uncompiled() -> None:
@@ -490,7 +572,10 @@ def test_compiled_models_run_uncompiled() -> None:
     assert count
     pd.testing.assert_frame_equal(sv.probe(compiled, x), plain)  # type: ignore[arg-type]
     assert len(graphs) == count  # nothing was compiled for it
-    with pytest.raises(TypeError, match="model must not be compiled, or hooks inside do not run, got OptimizedModule"):
+    with pytest.raises(
+        TypeError,
+        match="model must not be compiled, or hooks inside do not run, got OptimizedModule",
+    ):
         sv.Probe(compiled)  # type: ignore[arg-type]
     torch._dynamo.reset()
 
@@ -509,7 +594,10 @@ def test_autocast_channels_last_and_no_grad() -> None:
 
 def test_probe_in_a_training_loop_changes_nothing() -> None:
     def train(every: int | None) -> tuple[list[float], pd.DataFrame]:
-        model = nn.Sequential(*sv.networks.mlp(8, width=16, depth=3, outputs=2, batchnorm=True, seed=0), nn.Dropout(0.2))
+        model = nn.Sequential(
+            *sv.networks.mlp(8, width=16, depth=3, outputs=2, batchnorm=True, seed=0),
+            nn.Dropout(0.2),
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses, rng = [], torch.get_rng_state()
         with sv.Probe(model, every=every or 1) if every else nullcontext() as probe:
@@ -522,7 +610,9 @@ def test_probe_in_a_training_loop_changes_nothing() -> None:
                 with torch.no_grad():
                     model.eval()(gaussian(20, 8, seed=99))
                 model.train()
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         torch.set_rng_state(rng)
         return losses, probe.table if probe else pd.DataFrame()
 
@@ -531,7 +621,9 @@ def test_probe_in_a_training_loop_changes_nothing() -> None:
     assert losses == plain
     assert table.step.unique().tolist() == [0, 3, 6]
     assert len(table) == 9
-    model = nn.Sequential(*sv.networks.mlp(8, width=16, depth=3, outputs=2, batchnorm=True, seed=0), nn.Dropout(0.2))
+    model = nn.Sequential(
+        *sv.networks.mlp(8, width=16, depth=3, outputs=2, batchnorm=True, seed=0), nn.Dropout(0.2)
+    )
     first = sv.probe(model, gaussian(20, 8, seed=0))
     np.testing.assert_allclose(table.v2[:3], first.v2, rtol=1e-6)
 
@@ -555,7 +647,9 @@ def test_probe_survives_a_forward_pass_that_raises() -> None:
         with pytest.warns(UserWarning, match="1 outputs have no row, for they are not finite: 2"):
             diverging(gaussian(3, 4))
         nn.init.constant_(first.bias, torch.nan)
-        with pytest.warns(UserWarning, match="2 outputs have no row, for they are not finite: 0, 2"):
+        with pytest.warns(
+            UserWarning, match="2 outputs have no row, for they are not finite: 0, 2"
+        ):
             diverging(gaussian(3, 4))
     assert probe.table.step.tolist() == [0, 0, 2]
     for arguments, error, message in (
@@ -601,14 +695,22 @@ def test_buffers_of_every_kind_come_back() -> None:
         return self.layer(x) + torch.sparse.mm(self.sparse, x)
 
     sparse = torch.eye(9).to_sparse()
-    model = Holds(forward, mask=None, wide=torch.tensor(torch.nan).expand(3), grown=torch.ones(4), sparse=sparse)
+    model = Holds(
+        forward,
+        mask=None,
+        wide=torch.tensor(torch.nan).expand(3),
+        grown=torch.ones(4),
+        sparse=sparse,
+    )
     own = dict(model._buffers)
     sv.probe(model, gaussian(9, 4))
     assert model._buffers.keys() == own.keys()
     assert all(model._buffers[name] is buffer for name, buffer in own.items())
     assert model.grown.shape == (4,)
     assert not model._non_persistent_buffers_set
-    with pytest.raises(ValueError, match="model must hold numbers, got parameters or buffers on the meta device"):
+    with pytest.raises(
+        ValueError, match="model must hold numbers, got parameters or buffers on the meta device"
+    ):
         sv.probe(nn.Linear(4, 4, device="meta"), gaussian(9, 4))
 
 
@@ -619,7 +721,9 @@ def test_padding_and_later_batches_take_the_same_way() -> None:
     padding = torch.zeros(5, 3, dtype=torch.bool)
     padding[:, 2] = True
     batch = {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}
-    with pytest.warns(UserWarning, match="2 outputs have no row, for they were not called as modules"):
+    with pytest.warns(
+        UserWarning, match="2 outputs have no row, for they were not called as modules"
+    ):
         tables = [sv.probe(model, [batch] * count) for count in (1, 2)]
     assert tables[0].name.tolist() == tables[1].name.tolist()
     assert torch.backends.mha.get_fastpath_enabled()
@@ -655,13 +759,20 @@ def test_batches_and_outputs_of_odd_kinds() -> None:
     assert sv.probe(extra, x).v2[0] == pytest.approx(1, rel=1e-5)
     assert list(sv.probe_gradients(extra, x, seed=0).gradient2) == [1.0]
     both = Holds(lambda self, *xs: self.layer(xs[0] + xs[1]))
-    assert sv.probe(both, (x, x)).v2[0] == pytest.approx(float(both.layer(2 * x).detach().double().var(0).mean()), rel=1e-5)
-    with pytest.raises(ValueError, match=r"layer '' must see a batch \(inputs, features\), its output has shape \(4,\)"):
+    assert sv.probe(both, (x, x)).v2[0] == pytest.approx(
+        float(both.layer(2 * x).detach().double().var(0).mean()), rel=1e-5
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"layer '' must see a batch \(inputs, features\), its output has shape \(4,\)",
+    ):
         sv.probe(linear, list(x))
 
 
 def test_a_row_that_merges_later_is_left_out() -> None:
-    model = Holds(lambda self, x: self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) @ torch.eye(4))
+    model = Holds(
+        lambda self, x: self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) @ torch.eye(4)
+    )
     with pytest.raises(ValueError, match="must keep the 5 inputs"):
         sv.probe(model, [gaussian(5, 1, 4), gaussian(5, 2, 4)])
 
@@ -672,7 +783,11 @@ def test_all_rows_depend_on_the_inputs_and_can_be_chosen_by_their_names() -> Non
     twice = Holds(lambda self, x: (torch.relu(self.layer(self.layer(x))), 1))
     everything = sv.probe(twice, gaussian(6, 4), layers="all").name.tolist()
     assert everything == ["layer", "layer (2)", "relu"]
-    for name, rows in (("layer", everything[:2]), ("layer (2)", everything[1:2]), ("relu", everything[2:])):
+    for name, rows in (
+        ("layer", everything[:2]),
+        ("layer (2)", everything[1:2]),
+        ("relu", everything[2:]),
+    ):
         assert sv.probe(twice, gaussian(6, 4), layers=[name]).name.tolist() == rows
 
     def forgiving(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -703,13 +818,17 @@ def test_all_rows_depend_on_the_inputs_and_can_be_chosen_by_their_names() -> Non
     ids=lambda value: str(value) if isinstance(value, nn.Module) else None,
 )
 def test_axes_of_layers(layer: nn.Module, shape: tuple[int, ...], unit: int) -> None:
-    x = gaussian(8, *shape) * torch.arange(1, 4).reshape(3, *[1] * (len(shape) - 1)) + torch.arange(5)
+    x = gaussian(8, *shape) * torch.arange(1, 4).reshape(3, *[1] * (len(shape) - 1)) + torch.arange(
+        5
+    )
     table = sv.probe(nn.Sequential(layer, nn.ReLU()), x, layers="all")
     places = tuple(dim for dim in range(1, x.ndim) if dim != unit)
     with torch.no_grad():
         y = layer(x)
     for row, expected in enumerate((y, y.relu())):
-        assert table.m2[row] == pytest.approx(float(sv.decompose(expected, 0, unit, places).m2), rel=1e-5)
+        assert table.m2[row] == pytest.approx(
+            float(sv.decompose(expected, 0, unit, places).m2), rel=1e-5
+        )
 
 
 def test_probe_in_a_loop_ends_with_its_context_and_takes_any_call() -> None:
@@ -721,7 +840,9 @@ def test_probe_in_a_loop_ends_with_its_context_and_takes_any_call() -> None:
     for layers in (None, "all"):
         with pytest.raises(KeyboardInterrupt), sv.Probe(model, layers=layers) as probe:
             model(gaussian(5, 4))
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         assert torch.overrides._get_current_function_mode() is None
         assert probe.table.empty
 
@@ -746,12 +867,18 @@ def test_generators_are_as_before_where_the_loader_draws() -> None:
             return 8
 
         def __getitem__(self, index: int) -> torch.Tensor:
-            return torch.full((4,), random.random() + float(np.random.random()) + index) + torch.randn(4)
+            return torch.full(
+                (4,), random.random() + float(np.random.random()) + index
+            ) + torch.randn(4)
 
     loader = torch.utils.data.DataLoader(Draw(), batch_size=4, shuffle=True)
     model = nn.Linear(4, 4)
     for call in (sv.probe, sv.init.total_, sv.init.sample_):
-        before = {name: value for name, value in state(model).items() if name in ("python", "numpy", "generator")}
+        before = {
+            name: value
+            for name, value in state(model).items()
+            if name in ("python", "numpy", "generator")
+        }
         call(model, loader)
         after = {name: value for name, value in state(model).items() if name in before}
         same(before, after)
@@ -761,7 +888,9 @@ def test_other_modes_see_the_model_only() -> None:
     class Counts(torch.overrides.TorchFunctionMode):
         calls = 0
 
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             self.calls += 1
             return function(*args, **(kwargs or {}))
 

@@ -67,16 +67,21 @@ def reference(
 @pytest.mark.parametrize("normalization", [None, "batch", "layer"])
 @pytest.mark.parametrize("residual", [None, 0.5])
 @pytest.mark.parametrize("method", ["weights", "gram"])
-def test_equals_the_slow_reference(activation: str, normalization: str | None, residual: float | None, method: str) -> None:
+def test_equals_the_slow_reference(
+    activation: str, normalization: str | None, residual: float | None, method: str
+) -> None:
     slope = 0.3 if activation == "leaky_relu" else 0.0
     record = simulate(24, 4, networks=3, samples=5, seed=4, dtype=torch.float64, activation=activation, method=method,
                       negative_slope=slope, normalization=normalization, residual=residual)  # fmt: skip
-    # BatchNorm makes the five inputs dependent: their covariance has no inverse where nothing bends it
+    # BatchNorm makes the five inputs dependent: their covariance has no inverse where nothing bends
+    # it
     rounding = 1e-6 if normalization == "batch" and method == "gram" else 1e-9
     if rounding > 1e-9 and activation == "linear":
         pytest.skip("the reference has no Cholesky factor")
     for network in range(3):
-        for layer, y in enumerate(reference(24, 4, 5, 4, network, activation, normalization, residual, method=method)):
+        for layer, y in enumerate(
+            reference(24, 4, 5, 4, network, activation, normalization, residual, method=method)
+        ):
             m2 = ((y.sum(0) ** 2 - (y**2).sum(0)) / 20).mean()
             mean = y.mean(0)
             radial = ((y - mean) @ (mean / np.linalg.norm(mean))).var(ddof=1) / 24
@@ -84,7 +89,9 @@ def test_equals_the_slow_reference(activation: str, normalization: str | None, r
             np.testing.assert_allclose(found.m2, m2, rtol=rounding, atol=1e-10)
             np.testing.assert_allclose(found.v2, y.var(0, ddof=1).mean(), rtol=rounding)
             np.testing.assert_allclose(found.log_scale, np.log((y**2).mean()) / 2, atol=rounding)
-            np.testing.assert_allclose(found.ratio, np.sqrt(max(m2, 0) / found.v2), rtol=1e-6, atol=1e-5)
+            np.testing.assert_allclose(
+                found.ratio, np.sqrt(max(m2, 0) / found.v2), rtol=1e-6, atol=1e-5
+            )
             np.testing.assert_allclose(found.angular + found.radial, found.v2, rtol=1e-12)
             if normalization != "batch":  # where the mean is rounding there is no ray
                 np.testing.assert_allclose(found.radial, radial, rtol=1e-6, atol=1e-10)
@@ -93,24 +100,34 @@ def test_equals_the_slow_reference(activation: str, normalization: str | None, r
 @pytest.mark.parametrize("method", ["weights", "gram"])
 def test_given_inputs_and_raw_preactivations(method: str) -> None:
     inputs = np.random.default_rng(0).normal(size=(5, 11))
-    y = sample_preactivations(16, [0, 2], networks=2, inputs=inputs, units=4, seed=1, dtype=torch.float64, method=method)
+    y = sample_preactivations(
+        16, [0, 2], networks=2, inputs=inputs, units=4, seed=1, dtype=torch.float64, method=method
+    )
     for network in range(2):
         layers = reference(16, 2, 5, 1, network, inputs=inputs, method=method)
         np.testing.assert_allclose(y[network, 0], layers[0][:, :4], rtol=1e-10)
         np.testing.assert_allclose(y.sel(layer=2)[network], layers[2][:, :4], rtol=1e-8)
     record = simulate(16, 2, networks=2, inputs=inputs, seed=1, dtype=torch.float64, method=method)
-    whole = sample_preactivations(16, [2], networks=2, inputs=inputs, units=16, seed=1, dtype=torch.float64, method=method)
-    np.testing.assert_allclose(record.m2[:, 2], sv.decompose(whole[:, 0].values, 1, 2).m2, rtol=1e-9)
+    whole = sample_preactivations(
+        16, [2], networks=2, inputs=inputs, units=16, seed=1, dtype=torch.float64, method=method
+    )
+    np.testing.assert_allclose(
+        record.m2[:, 2], sv.decompose(whole[:, 0].values, 1, 2).m2, rtol=1e-9
+    )
 
 
 def differences(first: xr.Dataset, second: xr.Dataset, layer: int) -> dict[str, float]:
     """p-values of two-sample Kolmogorov-Smirnov tests: are the networks of both records from one distribution?"""
     names = ("m2", "v2", "ratio", "angular", "radial")
-    return {name: float(ks_2samp(first[name][:, layer], second[name][:, layer]).pvalue) for name in names}
+    return {
+        name: float(ks_2samp(first[name][:, layer], second[name][:, layer]).pvalue)
+        for name in names
+    }
 
 
 @pytest.mark.parametrize(
-    ("width", "samples", "layer"), [(30, 8, 20), (30, 40, 49), (100, 10, 1), (100, 60, 20), (60, 100, 30), (300, 20, 20)]
+    ("width", "samples", "layer"),
+    [(30, 8, 20), (30, 40, 49), (100, 10, 1), (100, 60, 20), (60, 100, 30), (300, 20, 20)],
 )
 def test_methods_sample_one_distribution(width: int, samples: int, layer: int) -> None:
     """Two-sample tests; seeds are fixed, so this cannot fail by chance. Small widths have the smallest p-values to find."""
@@ -125,7 +142,11 @@ def test_methods_sample_one_distribution(width: int, samples: int, layer: int) -
 def jittered(a: torch.Tensor) -> torch.Tensor:
     """What the gram method must not do: a Cholesky factor with as little jitter as it takes."""
     covariance = a @ a.mT
-    jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(a.shape[-2])
+    jitter = (
+        1e-6
+        * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        * torch.eye(a.shape[-2])
+    )
     while True:
         factor, info = torch.linalg.cholesky_ex(covariance + jitter)
         if not info.any():
@@ -138,7 +159,11 @@ def jittered(a: torch.Tensor) -> torch.Tensor:
     [(30, 60, 300, {}), (60, 60, 300, {}), (40, 30, 300, {"normalization": "layer"})],
 )
 def test_jitter_would_show(
-    width: int, samples: int, layer: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    width: int,
+    samples: int,
+    layer: int,
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It holds inputs apart that have long become collinear: v^2 across their ray stops falling, with LayerNorm m/v too."""
     call = partial(simulate, width, layer, networks=40, samples=samples, **options)  # type: ignore[arg-type]
@@ -161,7 +186,9 @@ def test_factor_is_as_accurate_as_the_activations() -> None:
         assert torch.equal(lower, lower.tril())
         difference, lower_difference = (x - x[:1] for x in (rows, lower))
         scale = rows.abs().max().clamp(min=1e-300)
-        norms, found = (torch.linalg.vector_norm(x / scale, dim=1) for x in (difference, lower_difference))
+        norms, found = (
+            torch.linalg.vector_norm(x / scale, dim=1) for x in (difference, lower_difference)
+        )
         np.testing.assert_allclose(found, norms, rtol=1e-6, atol=1e-14)
 
 
@@ -190,7 +217,11 @@ def test_wide_networks_follow_the_theory(options: dict[str, object]) -> None:
 
 
 def test_total_variance_is_preserved_on_average() -> None:
-    for options in ({}, {"activation": "leaky_relu", "negative_slope": 0.3}, {"activation": "linear"}):
+    for options in (
+        {},
+        {"activation": "leaky_relu", "negative_slope": 0.3},
+        {"activation": "linear"},
+    ):
         record = simulate(50, 5, networks=600, samples=2, seed=2, **options)
         total = record.m2 + record.v2
         error = total.std("network", ddof=1) / np.sqrt(600)
@@ -199,23 +230,43 @@ def test_total_variance_is_preserved_on_average() -> None:
 
 def test_one_input_without_weight_matrix_has_the_same_distribution() -> None:
     x = np.ones((2, 16))
-    direct = sample_preactivations(16, [1, 3], networks=4000, inputs=x[:1], units=1, seed=3)[:, :, 0, 0]
-    through = sample_preactivations(16, [1, 3], networks=4000, inputs=x, units=1, seed=4)[:, :, 0, 0]
+    direct = sample_preactivations(16, [1, 3], networks=4000, inputs=x[:1], units=1, seed=3)[
+        :, :, 0, 0
+    ]
+    through = sample_preactivations(16, [1, 3], networks=4000, inputs=x, units=1, seed=4)[
+        :, :, 0, 0
+    ]
     for power in (2, 4):
         a, b = direct**power, through**power
         error = np.sqrt((a.var("network") + b.var("network")) / 4000)
         assert (abs(a.mean("network") - b.mean("network")) < 4 * error).all()
 
 
-@pytest.mark.parametrize("options", [*CASES, {"method": "gram"}, {"method": "gram", "activation": "tanh"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*CASES, {"method": "gram"}, {"method": "gram", "activation": "tanh"}], ids=str
+)
 def test_networks_do_not_depend_on_their_neighbours(options: dict[str, object]) -> None:
     chaotic = options.get("normalization") == "batch"  # amplifies rounding
-    call = partial(simulate, 40, 30, samples=6, seed=5, dtype=torch.float64 if chaotic else torch.float32, **options)  # type: ignore[arg-type]
+    call = partial(
+        simulate,
+        40,
+        30,
+        samples=6,
+        seed=5,
+        dtype=torch.float64 if chaotic else torch.float32,
+        **options,
+    )  # type: ignore[arg-type]
     many = call(networks=9)
-    for other in (call(networks=range(4)), call(networks=range(3, 9)), call(networks=9, memory=60_000)):
+    for other in (
+        call(networks=range(4)),
+        call(networks=range(3, 9)),
+        call(networks=9, memory=60_000),
+    ):
         same = many.sel(network=other.network)
         for name in ("m2", "v2", "radial"):
-            np.testing.assert_allclose(other[name], same[name], rtol=1e-5, atol=1e-6 * float(many.v2.min()))
+            np.testing.assert_allclose(
+                other[name], same[name], rtol=1e-5, atol=1e-6 * float(many.v2.min())
+            )
     assert call(networks=9, memory=60_000).attrs["block_size"] < 9
     threads = torch.get_num_threads()
     try:
@@ -234,9 +285,23 @@ def test_networks_do_not_depend_on_their_neighbours(options: dict[str, object]) 
 def test_auto_takes_the_cheaper_method() -> None:
     found = {
         (width, samples): simulate(width, 0, networks=1, samples=samples, seed=0).attrs["method"]
-        for width, samples in [(30, 256), (100, 256), (300, 256), (1000, 256), (3000, 256), (300, 100), (300, 2), (30, 100)]
+        for width, samples in [
+            (30, 256),
+            (100, 256),
+            (300, 256),
+            (1000, 256),
+            (3000, 256),
+            (300, 100),
+            (300, 2),
+            (30, 100),
+        ]
     }
-    assert [key for key, method in found.items() if method == "gram"] == [(1000, 256), (3000, 256), (300, 100), (300, 2)]
+    assert [key for key, method in found.items() if method == "gram"] == [
+        (1000, 256),
+        (3000, 256),
+        (300, 100),
+        (300, 2),
+    ]
 
 
 def test_interrupt_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +361,17 @@ def test_dead_networks_are_named() -> None:
 
 def test_record_says_how_it_was_made() -> None:
     record = simulate(4, 1, networks=1, samples=2, seed=7)
-    assert {"svlib", "torch", "numpy", "python", "device", "wall_time", "seed", "width", "samples"} <= set(record.attrs)
+    assert {
+        "svlib",
+        "torch",
+        "numpy",
+        "python",
+        "device",
+        "wall_time",
+        "seed",
+        "width",
+        "samples",
+    } <= set(record.attrs)
     assert record.attrs["seed"] == 7
     assert record.m2.dtype == np.float64
 
@@ -341,9 +416,17 @@ GOOD: dict[str, object] = {"width": 4, "depth": 2, "networks": 2, "samples": 3, 
         ({"normalization": "group"}, ValueError, "normalization must be one of .* got 'group'"),
         ({"residual": 0}, ValueError, "residual must be a finite number"),
         ({"residual": math.nan}, ValueError, "residual must be a finite number"),
-        ({"inputs": np.ones(3)}, ValueError, r"inputs must have shape \(samples, features\), got \(3,\)"),
+        (
+            {"inputs": np.ones(3)},
+            ValueError,
+            r"inputs must have shape \(samples, features\), got \(3,\)",
+        ),
         ({"inputs": np.full((3, 2), np.nan)}, ValueError, "inputs must be finite, got 6 NaN"),
-        ({"inputs": np.ones((4, 2))}, ValueError, "samples must be None or the 4 rows of inputs, got 3"),
+        (
+            {"inputs": np.ones((4, 2))},
+            ValueError,
+            "samples must be None or the 4 rows of inputs, got 3",
+        ),
         ({"inputs": "x"}, TypeError, "inputs must be an array"),
         ({"method": "cholesky"}, ValueError, "method must be one of .*'gram'.* got 'cholesky'"),
         ({"memory": 100}, ValueError, "memory must be at least 384 bytes for one network, got 100"),
@@ -353,7 +436,11 @@ GOOD: dict[str, object] = {"width": 4, "depth": 2, "networks": 2, "samples": 3, 
             ValueError,
             r"networks must be a number or a range of step 1 that is not empty, got range\(0, 0\)",
         ),
-        ({"networks": range(0, 4, 2)}, ValueError, "networks must be a number or a range of step 1"),
+        (
+            {"networks": range(0, 4, 2)},
+            ValueError,
+            "networks must be a number or a range of step 1",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
@@ -367,7 +454,9 @@ def test_bad_layers_and_units() -> None:
             sample_preactivations(4, layers, networks=1, samples=2, units=1, seed=0)
     with pytest.raises(ValueError, match="units must be at most the width 4, got 5"):
         sample_preactivations(4, [0], networks=1, samples=2, units=5, seed=0)
-    with pytest.raises(ValueError, match="samples must be at least 2 with normalization='batch', got 1"):
+    with pytest.raises(
+        ValueError, match="samples must be at least 2 with normalization='batch', got 1"
+    ):
         sample_preactivations(4, [0], networks=1, samples=1, units=1, seed=0, normalization="batch")
 
 
@@ -385,13 +474,20 @@ def test_figure_and_angles_on_a_gpu() -> None:
     record = simulate(3000, 49, networks=20, samples=256, seed=0, device="cuda", memory=4e9)
     assert record.attrs["device"].startswith("cuda")
     assert abs(float(record.ratio[:, 49].mean()) - 7.97) < 0.6
-    angles = [sv.simulate_angles(64, 10, angle=0.5, networks=1000, seed=0, device=d).ln_sin2[:, 10] for d in ("cpu", "cuda")]
+    angles = [
+        sv.simulate_angles(64, 10, angle=0.5, networks=1000, seed=0, device=d).ln_sin2[:, 10]
+        for d in ("cpu", "cuda")
+    ]
     assert ks_2samp(*angles).pvalue > 1e-3
 
 
 def test_uses_of_one_seed_share_no_numbers() -> None:
     data = sv.data.gaussian(500, 64, seed=0).flatten()
-    weights = next(sv.networks.mlp(64, width=500, depth=2, outputs=3, seed=0).parameters()).detach().flatten()
+    weights = (
+        next(sv.networks.mlp(64, width=500, depth=2, outputs=3, seed=0).parameters())
+        .detach()
+        .flatten()
+    )
     assert abs(np.corrcoef(data, weights)[0, 1]) < 0.03
     with pytest.raises(ValueError, match="seed must be at least 0"):
         stream(-1, "data")
@@ -402,7 +498,9 @@ def test_scales_beyond_the_range_of_squares() -> None:
     for scale in (1e-25, 1e25):
         record = simulate(16, 2, networks=2, inputs=scale * np.eye(3, 5), seed=0)
         assert not record.dead.any()
-        np.testing.assert_allclose(record.log_scale[:, 0], math.log(scale) + 0.5 * math.log(1 / 5), atol=1)
+        np.testing.assert_allclose(
+            record.log_scale[:, 0], math.log(scale) + 0.5 * math.log(1 / 5), atol=1
+        )
     with pytest.raises(ValueError, match=r"inputs must be finite as torch\.float32"):
         simulate(16, 2, networks=2, inputs=np.full((3, 5), 1e300), seed=0)
 
@@ -419,11 +517,19 @@ def test_equal_inputs_stay_equal(activation: str, normalization: str | None) -> 
     """Also where the network is chaotic: the gram method, which would round them differently, is not taken."""
     inputs = np.random.default_rng(0).normal(size=(8, 20))
     inputs[7] = inputs[0]
-    options = {"inputs": inputs, "networks": 2, "activation": activation, "normalization": normalization, "seed": 0}
+    options = {
+        "inputs": inputs,
+        "networks": 2,
+        "activation": activation,
+        "normalization": normalization,
+        "seed": 0,
+    }
     y = sample_preactivations(100, [100], units=100, **options)  # type: ignore[arg-type]
     assert y.attrs["method"] == "weights"
     np.testing.assert_array_equal(y[:, 0, 0], y[:, 0, 7])
-    with pytest.raises(ValueError, match="method must be 'weights' or 'auto' where rows of inputs are equal"):
+    with pytest.raises(
+        ValueError, match="method must be 'weights' or 'auto' where rows of inputs are equal"
+    ):
         simulate(100, 2, method="gram", **options)  # type: ignore[arg-type]
 
 
@@ -431,7 +537,10 @@ def test_equal_inputs_stay_equal(activation: str, normalization: str | None) -> 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_normalization_takes_any_scale(normalization: str, scale: float) -> None:
     inputs = np.random.default_rng(0).normal(size=(5, 7))
-    records = [simulate(16, 3, networks=2, inputs=x, seed=0, normalization=normalization) for x in (inputs, scale * inputs)]
+    records = [
+        simulate(16, 3, networks=2, inputs=x, seed=0, normalization=normalization)
+        for x in (inputs, scale * inputs)
+    ]
     np.testing.assert_allclose(records[1].v2[:, 1:], records[0].v2[:, 1:], rtol=1e-3)
 
 
@@ -440,7 +549,9 @@ def test_random_numbers_do_not_depend_on_threads() -> None:
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        numbers.append(fill_normal(torch.empty(7, 300, 200), [stream(0, "test", k) for k in range(7)]))
+        numbers.append(
+            fill_normal(torch.empty(7, 300, 200), [stream(0, "test", k) for k in range(7)])
+        )
     torch.set_num_threads(threads)
     assert torch.equal(numbers[0], numbers[1])
     assert torch.equal(numbers[0], numbers[2])
@@ -448,5 +559,7 @@ def test_random_numbers_do_not_depend_on_threads() -> None:
 
 
 def test_interrupted_travels_between_processes() -> None:
-    caught = pickle.loads(pickle.dumps(Interrupted(simulate(4, 1, networks=2, samples=2, seed=0), 5)))
+    caught = pickle.loads(
+        pickle.dumps(Interrupted(simulate(4, 1, networks=2, samples=2, seed=0), 5))
+    )
     assert "after 2 of 5 networks" in str(caught)

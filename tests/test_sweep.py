@@ -22,7 +22,9 @@ import svlib as sv
 from svlib import sweep
 from svlib.__main__ import main
 
-FORK = multiprocessing.get_context("fork")  # these functions use no threads, and need no import of torch again
+FORK = multiprocessing.get_context(
+    "fork"
+)  # these functions use no threads, and need no import of torch again
 
 
 def walk(seed: int, steps: int = 20, log: str = "", wait: float = 0.0) -> xr.Dataset:
@@ -32,7 +34,10 @@ def walk(seed: int, steps: int = 20, log: str = "", wait: float = 0.0) -> xr.Dat
             file.write(f"{seed}\n")
     time.sleep(wait)
     numbers = np.random.default_rng(seed).normal(size=steps).cumsum()
-    return xr.Dataset({"walk": ("step", numbers), "up": ("step", numbers > 0)}, attrs={"seed": seed, "note": "walk"})
+    return xr.Dataset(
+        {"walk": ("step", numbers), "up": ("step", numbers > 0)},
+        attrs={"seed": seed, "note": "walk"},
+    )
 
 
 def other(seed: int) -> xr.Dataset:
@@ -68,9 +73,13 @@ def test_finished_points_are_read_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "executor", [None, ThreadPoolExecutor(3), ProcessPoolExecutor(2, FORK)], ids=["none", "threads", "processes"]
+    "executor",
+    [None, ThreadPoolExecutor(3), ProcessPoolExecutor(2, FORK)],
+    ids=["none", "threads", "processes"],
 )
-def test_any_executor_writes_the_same_bytes(executor: Executor | None, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_any_executor_writes_the_same_bytes(
+    executor: Executor | None, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     sweep.run(walk, POINTS, tmp_path / "store", executor)
     assert contents(tmp_path / "store") == undisturbed
     if executor is not None:
@@ -78,12 +87,16 @@ def test_any_executor_writes_the_same_bytes(executor: Executor | None, tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_damaged_record_is_named_and_redone(damage: str, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_damaged_record_is_named_and_redone(
+    damage: str, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     store = tmp_path / "undisturbed"
     victim = sorted(store.glob("*.nc"))[4]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
-    victim.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-100]), "empty": b""}[damage])
+    victim.write_bytes(
+        {"flip": bytes(content), "truncate": bytes(content[:-100]), "empty": b""}[damage]
+    )
     with pytest.warns(UserWarning, match=f"{victim.name} is damaged"):
         sweep.run(walk, POINTS, store)
     assert contents(store) == undisturbed
@@ -92,7 +105,9 @@ def test_damaged_record_is_named_and_redone(damage: str, tmp_path: Path, undistu
 def test_foreign_record_is_named_and_redone(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     store = tmp_path / "undisturbed"
     mine, its = sorted(store.glob("*.nc"))[:2]
-    foreign = store / f"{mine.stem.split('-')[0]}-{its.stem.split('-')[1]}.nc"  # whole, under another's key
+    foreign = (
+        store / f"{mine.stem.split('-')[0]}-{its.stem.split('-')[1]}.nc"
+    )  # whole, under another's key
     foreign.write_bytes(its.read_bytes())
     mine.unlink()
     with pytest.warns(UserWarning, match=f"{foreign.name} is not the record of this point"):
@@ -111,12 +126,16 @@ def test_what_is_no_record_is_redone(tmp_path: Path, undisturbed: dict[str, byte
     assert contents(store) == undisturbed
 
 
-def test_common_arguments_reach_every_call_and_name_no_point(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_common_arguments_reach_every_call_and_name_no_point(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     log = tmp_path / "log"
     sweep.run(walk, POINTS, tmp_path / "store", common={"log": str(log)})
     assert len(log.read_text().split()) == len(POINTS)
     assert contents(tmp_path / "store") == undisturbed
-    sweep.run(walk, POINTS, tmp_path / "store", common={"log": str(log), "wait": 100.0})  # finished: read, not run
+    sweep.run(
+        walk, POINTS, tmp_path / "store", common={"log": str(log), "wait": 100.0}
+    )  # finished: read, not run
     assert len(log.read_text().split()) == len(POINTS)
 
 
@@ -133,7 +152,10 @@ class Breaks(ThreadPoolExecutor):
 
 
 def test_executor_that_breaks_while_points_are_handed_over(tmp_path: Path) -> None:
-    with Breaks(1) as executor, pytest.raises(RuntimeError, match=r"9 of 12 points failed.*RuntimeError: broken"):
+    with (
+        Breaks(1) as executor,
+        pytest.raises(RuntimeError, match=r"9 of 12 points failed.*RuntimeError: broken"),
+    ):
         sweep.run(walk, POINTS, tmp_path, executor)
     assert len(contents(tmp_path)) == 3
 
@@ -163,7 +185,10 @@ def fails_at_three(seed: int, flag: str) -> xr.Dataset:
 
 def test_failed_point_leaves_the_others(tmp_path: Path) -> None:
     points = [{"seed": seed, "flag": str(tmp_path / "flag")} for seed in range(6)]
-    with pytest.raises(RuntimeError, match=r"1 of 6 points failed, the others are in .*\"seed\": 3.*ArithmeticError: three"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"1 of 6 points failed, the others are in .*\"seed\": 3.*ArithmeticError: three",
+    ):
         sweep.run(fails_at_three, points, tmp_path / "store")
     assert len(contents(tmp_path / "store")) == 5
     (tmp_path / "flag").touch()
@@ -180,7 +205,10 @@ def dies_at_three(seed: int, flag: str) -> xr.Dataset:
 def test_killed_worker(tmp_path: Path) -> None:
     """The pool is broken then: an error says so, and a second call does the rest."""
     points = [{"seed": seed, "flag": str(tmp_path / "flag")} for seed in range(6)]
-    with ProcessPoolExecutor(2, FORK) as executor, pytest.raises(RuntimeError, match=r"of 6 points failed.*BrokenProcessPool"):
+    with (
+        ProcessPoolExecutor(2, FORK) as executor,
+        pytest.raises(RuntimeError, match=r"of 6 points failed.*BrokenProcessPool"),
+    ):
         sweep.run(dies_at_three, points, tmp_path / "store", executor)
     with ProcessPoolExecutor(2, FORK) as executor:
         sweep.run(dies_at_three, points, tmp_path / "store", executor)
@@ -221,7 +249,14 @@ def test_dask_cluster_with_a_killed_worker(tmp_path: Path) -> None:
     """Simulations on real worker processes, one of which is killed: the numbers are those of a run in this process."""
     distributed = pytest.importorskip("distributed")
     points = [
-        {"width": 40, "depth": 20, "networks": range(start, start + 5), "samples": 10, "seed": 1, "progress": False}
+        {
+            "width": 40,
+            "depth": 20,
+            "networks": range(start, start + 5),
+            "samples": 10,
+            "seed": 1,
+            "progress": False,
+        }
         for start in range(0, 100, 5)
     ]
     threads = torch.get_num_threads()
@@ -229,7 +264,9 @@ def test_dask_cluster_with_a_killed_worker(tmp_path: Path) -> None:
     here = sweep.run(sv.simulate, points, tmp_path / "here")
     torch.set_num_threads(threads)
     with (
-        distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
         distributed.Client(cluster) as client,
     ):
         processes = client.run(os.getpid)
@@ -263,8 +300,16 @@ def test_dask_cluster_with_a_killed_worker(tmp_path: Path) -> None:
     ("points", "error", "message"),
     [
         ([{"seed": 1}, {"seed": 1}], ValueError, "points must differ, got .* twice"),
-        ([{"seed": np.ones(2)}], TypeError, "points must hold numbers, strings, None, lists or ranges, got array"),
-        ({"seed": 1}, TypeError, "points must be an iterable of mappings from argument to value, got {'seed': 1}"),
+        (
+            [{"seed": np.ones(2)}],
+            TypeError,
+            "points must hold numbers, strings, None, lists or ranges, got array",
+        ),
+        (
+            {"seed": 1},
+            TypeError,
+            "points must be an iterable of mappings from argument to value, got {'seed': 1}",
+        ),
     ],
 )
 def test_bad_points(points: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -284,8 +329,23 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 def test_command_line_simulates(tmp_path: Path) -> None:
     output = tmp_path / "record.nc"
-    common = ["simulate", "20", "--depth", "5", "--networks", "7", "--samples", "6", "--seed", "3", "--block", "3"]
-    code, text = invoke(*common, "--output", str(output), "--dtype", "float64", "--activation", "linear")
+    common = [
+        "simulate",
+        "20",
+        "--depth",
+        "5",
+        "--networks",
+        "7",
+        "--samples",
+        "6",
+        "--seed",
+        "3",
+        "--block",
+        "3",
+    ]
+    code, text = invoke(
+        *common, "--output", str(output), "--dtype", "float64", "--activation", "linear"
+    )
     assert code == 0, text
     record = xr.load_dataset(output)
     direct = sv.simulate(20, 5, networks=7, samples=6, seed=3, dtype="float64", activation="linear")
@@ -302,14 +362,30 @@ def test_command_line_simulates(tmp_path: Path) -> None:
     assert code == 1
     assert "output must not exist without --resume" in text
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "record.nc.store").iterdir()}
-    code, text = invoke(*common, "--output", str(output), "--dtype", "float64", "--activation", "linear", "--resume")
+    code, text = invoke(
+        *common, "--output", str(output), "--dtype", "float64", "--activation", "linear", "--resume"
+    )
     assert code == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "record.nc.store").iterdir()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "record.nc.store").iterdir()
+    }
 
 
 def test_command_line_sweeps(tmp_path: Path) -> None:
     output = tmp_path / "widths.nc"
-    code, text = invoke("sweep", "20:8", "40:4", "--depth", "5", "--samples", "6", "--block", "3", "--output", str(output))
+    code, text = invoke(
+        "sweep",
+        "20:8",
+        "40:4",
+        "--depth",
+        "5",
+        "--samples",
+        "6",
+        "--block",
+        "3",
+        "--output",
+        str(output),
+    )
     assert code == 0, text
     record = xr.load_dataset(output)
     for width, networks in ((20, 8), (40, 4)):
@@ -324,7 +400,10 @@ def test_command_line_sweeps(tmp_path: Path) -> None:
     [
         (["simulate", "0", "--output", "x.nc"], "width must be at least 1, got 0"),
         (["simulate", "4", "--output", "x.nc", "--device", "toaster"], "device must be one of"),
-        (["simulate", "4", "--output", "x.nc", "--activation", "gelu"], "activation must be one of"),
+        (
+            ["simulate", "4", "--output", "x.nc", "--activation", "gelu"],
+            "activation must be one of",
+        ),
         (["sweep", "30", "--output", "x.nc"], "must be different widths like 30:400, got 30"),
         (["sweep", "30:0", "--output", "x.nc"], "must be different widths like 30:400, got 30:0"),
         (["sweep", "30:4", "30:5", "--output", "x.nc"], "must be different widths"),
@@ -332,7 +411,9 @@ def test_command_line_sweeps(tmp_path: Path) -> None:
         (["simulate", "4"], "Missing option '--output'"),
     ],
 )
-def test_command_line_errors(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_errors(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, text = invoke(*arguments)
     assert code != 0
@@ -341,9 +422,27 @@ def test_command_line_errors(arguments: list[str], message: str, tmp_path: Path,
 
 
 def test_module_runs(tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "svlib", "simulate", "8", "--networks", "4", "--samples", "3", "--depth", "2", "--block", "2"]
+    call = [
+        sys.executable,
+        "-m",
+        "svlib",
+        "simulate",
+        "8",
+        "--networks",
+        "4",
+        "--samples",
+        "3",
+        "--depth",
+        "2",
+        "--block",
+        "2",
+    ]
     output = tmp_path / "two.nc"
-    done = subprocess.run([*call, "--workers", "2", "--output", output], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*call, "--workers", "2", "--output", output], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(output))
-    np.testing.assert_allclose(xr.load_dataset(output).v2, sv.simulate(8, 2, networks=4, samples=3, seed=0).v2, rtol=1e-5)
+    np.testing.assert_allclose(
+        xr.load_dataset(output).v2, sv.simulate(8, 2, networks=4, samples=3, seed=0).v2, rtol=1e-5
+    )

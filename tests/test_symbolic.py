@@ -5,7 +5,7 @@ import pytest
 import sympy as sp
 from scipy import integrate, stats
 
-from svlib.angles import simulate_angles
+from svlib.pairs import simulate_angles
 from svlib.theory import finite_width, maps, plateau, symbolic, trajectory
 
 
@@ -29,13 +29,23 @@ def test_product_by_sampling() -> None:
         z, w = generator.normal(size=(2, 400_000))
         products = np.maximum(z, 0) * np.maximum(np.cos(theta) * z + np.sin(theta) * w, 0)
         error = products.std() / np.sqrt(len(products))
-        assert abs(float(symbolic.gaussian_relu_product().subs(symbolic.theta, theta)) - products.mean()) < 4 * error
+        assert (
+            abs(
+                float(symbolic.gaussian_relu_product().subs(symbolic.theta, theta))
+                - products.mean()
+            )
+            < 4 * error
+        )
 
 
 @pytest.mark.parametrize("rho", [-0.99, -0.5, 0.0, 0.5, 0.99])
 def test_map_and_slope_equal_the_numbers(rho: float) -> None:
-    assert float(symbolic.relu_map().subs(symbolic.rho, rho)) == pytest.approx(maps.correlation(rho), abs=1e-14)
-    assert float(symbolic.relu_map_slope().subs(symbolic.rho, rho)) == pytest.approx(maps.correlation_slope(rho), abs=1e-14)
+    assert float(symbolic.relu_map().subs(symbolic.rho, rho)) == pytest.approx(
+        maps.correlation(rho), abs=1e-14
+    )
+    assert float(symbolic.relu_map_slope().subs(symbolic.rho, rho)) == pytest.approx(
+        maps.correlation_slope(rho), abs=1e-14
+    )
 
 
 def test_fixed_point() -> None:
@@ -48,7 +58,9 @@ def test_fixed_point() -> None:
 def test_expansion_of_the_gap() -> None:
     expansion = sp.lambdify(symbolic.epsilon, symbolic.gap_expansion(3))
     for epsilon, tolerance in ((1e-2, 1e-8), (1e-3, 1e-11)):
-        assert expansion(epsilon) == pytest.approx(epsilon - maps.gap_decrement(epsilon), rel=tolerance)
+        assert expansion(epsilon) == pytest.approx(
+            epsilon - maps.gap_decrement(epsilon), rel=tolerance
+        )
     leading = symbolic.gap_expansion(1).coeff(symbolic.epsilon ** sp.Rational(3, 2))
     assert leading == -2 * sp.sqrt(2) / (3 * sp.pi)
 
@@ -74,8 +86,12 @@ def test_batchnorm_constants() -> None:
 
 def test_moments_of_jakub_and_nica() -> None:
     theta = symbolic.theta
-    j22 = ((sp.pi - theta) * (2 * sp.cos(theta) ** 2 + 1) + 3 * sp.sin(theta) * sp.cos(theta)) / (2 * sp.pi)
-    j31 = (3 * (sp.pi - theta) * sp.cos(theta) + sp.sin(theta) * sp.cos(theta) ** 2 + 2 * sp.sin(theta)) / (2 * sp.pi)
+    j22 = ((sp.pi - theta) * (2 * sp.cos(theta) ** 2 + 1) + 3 * sp.sin(theta) * sp.cos(theta)) / (
+        2 * sp.pi
+    )
+    j31 = (
+        3 * (sp.pi - theta) * sp.cos(theta) + sp.sin(theta) * sp.cos(theta) ** 2 + 2 * sp.sin(theta)
+    ) / (2 * sp.pi)
     assert sp.simplify(symbolic.gaussian_relu_product(2, 2) - j22) == 0
     assert sp.simplify(symbolic.gaussian_relu_product(3, 1) - j31) == 0
     assert sp.simplify(symbolic.length_gain() - (sp.Rational(3, 2) - j22)) == 0

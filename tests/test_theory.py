@@ -41,7 +41,9 @@ def by_quadrature(rho: float, activation: str, slope: float) -> float:
 
     outer = lambda z: phi(z, slope) * density(z) * np.array([inner(x) for x in z])  # noqa: E731
     product = panel(outer, -11, 0) + panel(outer, 0, 11)
-    second = panel(lambda z: phi(z, slope) ** 2 * density(z), -11, 0) + panel(lambda z: phi(z, slope) ** 2 * density(z), 0, 11)
+    second = panel(lambda z: phi(z, slope) ** 2 * density(z), -11, 0) + panel(
+        lambda z: phi(z, slope) ** 2 * density(z), 0, 11
+    )
     return product / second
 
 
@@ -64,11 +66,17 @@ def test_slope_is_the_derivative(rho: float, activation: str, slope: float) -> N
 
 def test_special_cases() -> None:
     for rho in (-1.0, -0.2, 0.0, 0.7, 1.0):
-        assert maps.correlation(rho, activation="leaky_relu", negative_slope=0.0) == maps.correlation(rho)
-        assert maps.correlation(rho, activation="leaky_relu", negative_slope=1.0) == pytest.approx(rho, abs=1e-15)
+        assert maps.correlation(
+            rho, activation="leaky_relu", negative_slope=0.0
+        ) == maps.correlation(rho)
+        assert maps.correlation(rho, activation="leaky_relu", negative_slope=1.0) == pytest.approx(
+            rho, abs=1e-15
+        )
         assert maps.correlation(rho, activation="linear") == rho
     for activation, slope in FAMILY:
-        assert maps.correlation(1.0, activation=activation, negative_slope=slope) == pytest.approx(1, abs=1e-14)
+        assert maps.correlation(1.0, activation=activation, negative_slope=slope) == pytest.approx(
+            1, abs=1e-14
+        )
     assert maps.correlation(-1.0) == pytest.approx(0, abs=1e-15)
     assert maps.residual(0.3, beta=1e12) == pytest.approx(maps.correlation(0.3), rel=1e-11)
 
@@ -138,7 +146,10 @@ def test_asymptotic_law(options: dict[str, object], factor: float) -> None:
 
 def test_slow_approach_of_the_law() -> None:
     layers = trajectory(100_000)
-    found = [layers.v2[depth] * depth**2 / (9 * math.pi**2 / 2) for depth in (10, 100, 1000, 10_000, 100_000)]
+    found = [
+        layers.v2[depth] * depth**2 / (9 * math.pi**2 / 2)
+        for depth in (10, 100, 1000, 10_000, 100_000)
+    ]
     assert found == pytest.approx([0.289, 0.805, 0.9711, 0.99637, 0.999567], rel=1e-3)
 
 
@@ -150,7 +161,9 @@ def test_trajectory_is_the_iterated_map() -> None:
             rho.append(step(rho[-1]))
         found = trajectory(20, activation=activation, negative_slope=slope, rho0=0.2)
         np.testing.assert_allclose(found.rho, rho, rtol=1e-12)
-    rho = list(itertools.accumulate(range(20), lambda r, _: maps.residual(r, beta=0.3), initial=0.2))
+    rho = list(
+        itertools.accumulate(range(20), lambda r, _: maps.residual(r, beta=0.3), initial=0.2)
+    )
     np.testing.assert_allclose(trajectory(20, residual=0.3, rho0=0.2).rho, rho, rtol=1e-13)
 
 
@@ -176,16 +189,26 @@ def test_residual_scale_may_be_infinite() -> None:
 def test_batchnorm_constants() -> None:
     assert maps.batchnorm_slope(0.0) == pytest.approx(1 / (2 * (1 - 1 / math.pi)), rel=1e-14)
     assert maps.batchnorm_slope(1.0) == pytest.approx(math.pi / (math.pi - 1), rel=1e-14)
-    assert maps.batchnorm(0.5) == pytest.approx((maps.correlation(0.5) - 1 / math.pi) / (1 - 1 / math.pi), rel=1e-14)
+    assert maps.batchnorm(0.5) == pytest.approx(
+        (maps.correlation(0.5) - 1 / math.pi) / (1 - 1 / math.pi), rel=1e-14
+    )
     growth = [maps.batchnorm_gradient_growth(batch) for batch in (8, 16, 32, 64, 128, None)]
     assert growth == pytest.approx([1.788, 1.590, 1.522, 1.493, 1.480, 1.467], abs=6e-4)
-    assert [maps.batchnorm_correlation(b) for b in (8, 32, 128)] == pytest.approx([0.2501, 0.3023, 0.3144], abs=6e-5)
+    assert [maps.batchnorm_correlation(b) for b in (8, 32, 128)] == pytest.approx(
+        [0.2501, 0.3023, 0.3144], abs=6e-5
+    )
     assert maps.batchnorm_gradient_growth(10**7) == pytest.approx(math.pi / (math.pi - 1), rel=1e-6)
 
 
 def test_relu_product_by_adaptive_quadrature() -> None:
     value, _ = integrate.dblquad(
-        lambda y, x: x * y * math.exp(-(x * x - 1.2 * x * y + y * y) / (2 * 0.64)) / (2 * math.pi * 0.8), 0, 9, 0, 9
+        lambda y, x: (
+            x * y * math.exp(-(x * x - 1.2 * x * y + y * y) / (2 * 0.64)) / (2 * math.pi * 0.8)
+        ),
+        0,
+        9,
+        0,
+        9,
     )
     assert maps.correlation(0.6) == pytest.approx(2 * value, abs=1e-7)
 

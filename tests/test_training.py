@@ -20,11 +20,11 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
-from svlib import training
 from svlib.__main__ import main
 from svlib._check import NotFiniteError
 from svlib._random import stream
-from svlib.training import Experiment, initialized, run
+from svlib.experiments import training
+from svlib.experiments.training import Experiment, initialized, run
 
 SMALL = Experiment("digits", "sample", width=4, iterations=4, batch_size=16, calibration=32)
 
@@ -41,7 +41,15 @@ def test_record(data: str, initialization: str) -> None:
     assert ("held_out_iou" in record) == (data == "membranes")
     assert record.m2.dims == record.v2.dims == record.gradient2.dims == ("probed", "layer")
     assert record.sizes["layer"] == (9 if data == "digits" else 13)
-    assert {"svlib", "seed", "learning_rate", "initialization", "device", "wall_time", "source"} <= set(record.attrs)
+    assert {
+        "svlib",
+        "seed",
+        "learning_rate",
+        "initialization",
+        "device",
+        "wall_time",
+        "source",
+    } <= set(record.attrs)
     fraction = (record.v2 / (record.m2 + record.v2)).sel(probed=0)
     assert initialization != "sample" or fraction.min() > 0.7
 
@@ -53,9 +61,13 @@ def test_repeatable() -> None:
 
 def test_runs_of_one_seed_are_paired() -> None:
     total, sample, batchnorm = (
-        initialized(replace(SMALL, initialization=kind), seed=2) for kind in ("total", "sample", "batchnorm")
+        initialized(replace(SMALL, initialization=kind), seed=2)
+        for kind in ("total", "sample", "batchnorm")
     )
-    weights = [next(iter(sv.probing.weighted_layers(model).values())).weight.detach() for model in (total, sample, batchnorm)]
+    weights = [
+        next(iter(sv.probing.weighted_layers(model).values())).weight.detach()
+        for model in (total, sample, batchnorm)
+    ]
     assert float((weights[0] / weights[2]).std()) < 1e-5  # the same He weights up to one number
     per_channel = (weights[1] / weights[2]).flatten(1)
     assert float(per_channel.std(1).max()) < 1e-4
@@ -73,13 +85,19 @@ def test_loss_of_the_first_step_is_by_hand() -> None:
     model, split = initialized(SMALL, seed=5), sv.data.digits()
     rows = torch.randperm(len(split.images), generator=stream(5, "order"))[:16]
     scores = torch.log_softmax(model(split.images[rows]).double(), 1)
-    assert float(record.loss[0]) == pytest.approx(-float(scores[range(16), split.labels[rows]].mean().detach()), rel=1e-5)
+    assert float(record.loss[0]) == pytest.approx(
+        -float(scores[range(16), split.labels[rows]].mean().detach()), rel=1e-5
+    )
 
 
-def bare_loop(experiment: Experiment, seed: int, split: sv.data.Split) -> tuple[list[float], list[float], torch.nn.Module]:
+def bare_loop(
+    experiment: Experiment, seed: int, split: sv.data.Split
+) -> tuple[list[float], list[float], torch.nn.Module]:
     """Losses, gradient norms and the trained network, in as few lines as it takes."""
     model = initialized(experiment, seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=experiment.learning_rate, momentum=experiment.momentum)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=experiment.learning_rate, momentum=experiment.momentum
+    )
     losses: list[float] = []
     norms: list[float] = []
     for epoch in itertools.count():
@@ -92,38 +110,63 @@ def bare_loop(experiment: Experiment, seed: int, split: sv.data.Split) -> tuple[
             optimizer.zero_grad()
             loss.backward()
             losses.append(float(loss.detach()))
-            norms.append(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5)
+            norms.append(
+                sum(
+                    float(p.grad.double().square().sum())
+                    for p in model.parameters()
+                    if p.grad is not None
+                )
+                ** 0.5
+            )
             optimizer.step()
     raise AssertionError
 
 
 @pytest.mark.parametrize("initialization", ["sample", "batchnorm"])
 def test_a_bare_loop_gives_the_same(initialization: str) -> None:
-    experiment = replace(SMALL, initialization=initialization, iterations=12, batch_size=200, probed=(5,))  # 7 make an epoch
+    experiment = replace(
+        SMALL, initialization=initialization, iterations=12, batch_size=200, probed=(5,)
+    )  # 7 make an epoch
     record, split = run(experiment, seed=4), sv.data.digits()
     losses, norms, model = bare_loop(experiment, 4, split)
-    np.testing.assert_array_equal(record.loss, np.array(losses, np.float32))  # measuring at 5 changes nothing
+    np.testing.assert_array_equal(
+        record.loss, np.array(losses, np.float32)
+    )  # measuring at 5 changes nothing
     np.testing.assert_allclose(record.gradient_norm, norms, rtol=1e-5)
     layers = sv.probe(model, split.held_out_images)
     np.testing.assert_allclose(record.m2[-1], layers.m2)
     np.testing.assert_allclose(record.v2[-1], layers.v2)
-    np.testing.assert_allclose(record.gradient2[-1], sv.probe_gradients(model, split.held_out_images, seed=4).gradient2)
+    np.testing.assert_allclose(
+        record.gradient2[-1], sv.probe_gradients(model, split.held_out_images, seed=4).gradient2
+    )
     scores = model.eval()(split.held_out_images).detach()
-    assert float(record.held_out_loss[-1]) == pytest.approx(float(F.cross_entropy(scores, split.held_out_labels)), rel=1e-5)
-    assert float(record.held_out_error[-1]) == float((scores.argmax(1) != split.held_out_labels).double().mean())
+    assert float(record.held_out_loss[-1]) == pytest.approx(
+        float(F.cross_entropy(scores, split.held_out_labels)), rel=1e-5
+    )
+    assert float(record.held_out_error[-1]) == float(
+        (scores.argmax(1) != split.held_out_labels).double().mean()
+    )
 
 
 def test_overlap_of_masks_by_hand() -> None:
     record = run(replace(SMALL, data="membranes", iterations=1), seed=0)
-    model, split = initialized(replace(SMALL, data="membranes"), 0).eval(), sv.data.membranes(seed=0)
+    model, split = (
+        initialized(replace(SMALL, data="membranes"), 0).eval(),
+        sv.data.membranes(seed=0),
+    )
     guess, truth = model(split.held_out_images) > 0, split.held_out_labels > 0
-    assert float(record.held_out_iou[0]) == pytest.approx(int((guess & truth).sum()) / int((guess | truth).sum()))
+    assert float(record.held_out_iou[0]) == pytest.approx(
+        int((guess & truth).sum()) / int((guess | truth).sum())
+    )
     assert float(record.held_out_error[0]) == pytest.approx(float((guess != truth).double().mean()))
 
 
 @pytest.mark.parametrize(
     ("change", "earliest"),
-    [({"learning_rate": 1e6}, 1), ({"data": "membranes", "learning_rate": 100.0, "initialization": "sample"}, 1)],
+    [
+        ({"learning_rate": 1e6}, 1),
+        ({"data": "membranes", "learning_rate": 100.0, "initialization": "sample"}, 1),
+    ],
 )
 def test_divergence_ends_the_run_and_is_recorded(change: dict[str, Any], earliest: int) -> None:
     record = run(replace(SMALL, iterations=30, probed=(0, 25), **change), seed=0)
@@ -157,7 +200,9 @@ def test_output_that_is_not_finite_has_diverged(monkeypatch: pytest.MonkeyPatch)
     assert np.isfinite(record.loss[:3]).all()
     assert np.isnan(record.loss[3:]).all()
     error = ValueError
-    with pytest.raises(ValueError, match="must be finite"):  # what else goes wrong is not taken for divergence
+    with pytest.raises(
+        ValueError, match="must be finite"
+    ):  # what else goes wrong is not taken for divergence
         run(replace(SMALL, iterations=6, probed=(3,)), seed=0)
 
 
@@ -193,7 +238,9 @@ def test_batches_depend_on_seed_and_iteration_alone(crops: bool, micrographs: Pa
     assert not torch.equal(listed[0][0], listed[1][0])
     if crops:
         assert listed[0][0].shape == listed[0][1].shape == (3, 1, 128, 128)
-        assert torch.equal(listed[2][0] > 0, listed[2][1] > 0)  # image and label are cut at one place
+        assert torch.equal(
+            listed[2][0] > 0, listed[2][1] > 0
+        )  # image and label are cut at one place
 
 
 def test_micrographs_are_held_out_in_tiles(micrographs: Path) -> None:
@@ -201,7 +248,9 @@ def test_micrographs_are_held_out_in_tiles(micrographs: Path) -> None:
     assert record.sizes["layer"] == 23
     assert "8 micrographs, SHA-256" in record.attrs["source"]
     _, split, _ = training._prepare(CROPS, micrographs, "cpu")
-    assert split.held_out_images.shape == split.held_out_labels.shape == (5 * 2, 1, 128, 128)  # 256 x 160: two tiles
+    assert (
+        split.held_out_images.shape == split.held_out_labels.shape == (5 * 2, 1, 128, 128)
+    )  # 256 x 160: two tiles
     whole = sv.data.micrographs(micrographs)
     assert torch.equal(split.held_out_images[3], whole.held_out_images[1, :, 128:, :128])
     assert torch.equal(split.held_out_labels[3], whole.held_out_labels[1, :, 128:, :128])
@@ -214,13 +263,23 @@ def test_channels_last_is_the_same_network() -> None:
     plain, last = run(experiment, 0), run(replace(experiment, channels_last=True), 0)
     np.testing.assert_allclose(plain.loss, last.loss, rtol=1e-4)
     for channels_last in (True, False):
-        weight = list(initialized(replace(experiment, channels_last=channels_last), 0).parameters())[4]
+        weight = list(
+            initialized(replace(experiment, channels_last=channels_last), 0).parameters()
+        )[4]
         assert weight.shape[1] > 1  # with one channel both are one
         assert weight.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
 LONGER = {
-    kind: replace(SMALL, initialization=kind, iterations=40, batch_size=64, width=8, probed=(20,), learning_rate=rate)
+    kind: replace(
+        SMALL,
+        initialization=kind,
+        iterations=40,
+        batch_size=64,
+        width=8,
+        probed=(20,),
+        learning_rate=rate,
+    )
     for kind, rate in (("sample", 0.01), ("batchnorm", 0.1))
 }
 
@@ -243,11 +302,17 @@ def test_ten_killed_runs_end_like_undisturbed_ones(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["svlib"])
 
-    def train(kind: str, name: str, kill_at: int | None = None, delay: float = 0.0) -> xr.Dataset | None:
+    def train(
+        kind: str, name: str, kill_at: int | None = None, delay: float = 0.0
+    ) -> xr.Dataset | None:
         (tmp_path / name).mkdir(exist_ok=True)
         process = context.Process(target=train_to_file, args=(kind, tmp_path / name))
         process.start()
-        while kill_at is not None and process.is_alive() and iteration_reached(tmp_path / name) < kill_at:
+        while (
+            kill_at is not None
+            and process.is_alive()
+            and iteration_reached(tmp_path / name) < kill_at
+        ):
             time.sleep(0.001)
         if kill_at is not None:
             time.sleep(delay)
@@ -276,7 +341,13 @@ class Killed(BaseException):
     pass
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, experiment: Experiment, at: int, device: str = "cpu") -> Path:
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    experiment: Experiment,
+    at: int,
+    device: str = "cpu",
+) -> Path:
     """Run until a checkpoint of iteration ``at`` is written; returns its path."""
     save = training._State.save
 
@@ -295,7 +366,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, experiment: Exper
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "iteration"])
-def test_every_part_of_a_checkpoint_counts(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_of_a_checkpoint_counts(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The equality above is not for lack of anything to forget: without a part the resumed run is another."""
     experiment = replace(LONGER["batchnorm"], iterations=12, probed=())
     path = interrupted(monkeypatch, tmp_path, experiment, 6)
@@ -322,14 +395,21 @@ def test_damaged_checkpoint_is_named_and_the_run_starts_again(
     path = interrupted(monkeypatch, tmp_path, experiment, 3)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes({"flipped": bytes(content), "truncated": bytes(content[:-9]), "empty": b""}[damage])
-    with pytest.warns(UserWarning, match=f"{path.name} is damaged; set aside as {path.stem}.rejected, the run starts again"):
+    path.write_bytes(
+        {"flipped": bytes(content), "truncated": bytes(content[:-9]), "empty": b""}[damage]
+    )
+    with pytest.warns(
+        UserWarning,
+        match=f"{path.name} is damaged; set aside as {path.stem}.rejected, the run starts again",
+    ):
         record = run(experiment, 2, checkpoints=tmp_path)
     np.testing.assert_array_equal(record.loss, run(experiment, 2).loss)
     assert path.with_suffix(".rejected").exists()
 
 
-def test_checkpoint_is_no_way_in_for_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_no_way_in_for_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = interrupted(monkeypatch, tmp_path, replace(SMALL, iterations=9), 3)
     state = training._State(torch.zeros(1), torch.zeros(1), model={"0.weight": Path("anything")})
     state.save(path)
@@ -337,7 +417,9 @@ def test_checkpoint_is_no_way_in_for_pickles(tmp_path: Path, monkeypatch: pytest
         run(replace(SMALL, iterations=9), 2, checkpoints=tmp_path)
 
 
-def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is written goes to /dev/full, which is what a full disk says."""
     experiment = replace(SMALL, iterations=9)
     path = interrupted(monkeypatch, tmp_path, experiment, 3)
@@ -345,17 +427,24 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(training, "_LOOK", 3)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     temporary.symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device; [0-9,]+ bytes were to be written: .*\.checkpoint"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; [0-9,]+ bytes were to be written: .*\.checkpoint"
+    ):
         run(experiment, 2, checkpoints=tmp_path, every=0.0)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     temporary.symlink_to("/dev/full")
-    with pytest.warns(UserWarning, match="the run is over, its last checkpoint could not be written: .*No space left"):
+    with pytest.warns(
+        UserWarning,
+        match="the run is over, its last checkpoint could not be written: .*No space left",
+    ):
         record = run(experiment, 2, checkpoints=tmp_path)  # no checkpoint on the way
     np.testing.assert_array_equal(record.loss, run(experiment, 2).loss)
 
 
-def test_a_finished_run_is_read_and_another_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_read_and_another_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run(SMALL, 0, checkpoints=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(training, "_steps", None)  # no step is made
@@ -371,13 +460,18 @@ def test_a_finished_run_is_read_and_another_is_not_taken_for_it(tmp_path: Path, 
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def another_copy(experiment: Any, folder: Any, device: Any, prepare: Any = training._prepare) -> Any:
+def another_copy(
+    experiment: Any, folder: Any, device: Any, prepare: Any = training._prepare
+) -> Any:
     experiment, split, device = prepare(experiment, folder, device)
     return experiment, split._replace(source="another copy"), device
 
 
 def test_another_copy_of_the_data_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"source must be that of the data in the folder, .*scikit.*, got 'elsewhere'"):
+    with pytest.raises(
+        ValueError,
+        match=r"source must be that of the data in the folder, .*scikit.*, got 'elsewhere'",
+    ):
         run(SMALL, 0, source="elsewhere")
 
 
@@ -391,7 +485,9 @@ def test_a_folder_that_changes_is_read_again(micrographs: Path, tmp_path: Path) 
 
 
 def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
-    experiment = replace(SMALL, width=np.int64(SMALL.width), learning_rate=np.float32(0.5), iterations=2)  # type: ignore[arg-type]
+    experiment = replace(
+        SMALL, width=np.int64(SMALL.width), learning_rate=np.float32(0.5), iterations=2
+    )  # type: ignore[arg-type]
     assert run(experiment, 0, checkpoints=tmp_path).attrs["learning_rate"] == 0.5
 
 
@@ -407,7 +503,12 @@ def test_grid_gives_every_initialization_the_same_budget() -> None:
     assert (paper.width, paper.iterations) == (96, 100_000)
     assert Experiment(**training.grid("micrographs", "paper")[0]["experiment"]).iterations == 50_000
     for name in training.DATA:
-        assert training.grid(name, "quick", seeds=1, learning_rates=(0.5,))[0]["experiment"]["learning_rate"] == 0.5
+        assert (
+            training.grid(name, "quick", seeds=1, learning_rates=(0.5,))[0]["experiment"][
+                "learning_rate"
+            ]
+            == 0.5
+        )
     with pytest.raises(ValueError, match=r"scale must be one of \['quick'\], got 'laptop'"):
         training.grid("digits", "laptop")
     with pytest.raises(ValueError, match="seeds must be at least 1"):
@@ -427,9 +528,15 @@ def test_collect() -> None:
         np.testing.assert_array_equal(found.loss, records[seed].loss)
         np.testing.assert_array_equal(found.v2, records[seed].v2)
         assert found.diverged == -1
-    assert joined.diverged.sel(initialization="batchnorm", learning_rate=1e30, seed=0) == records[2].attrs["diverged"] > 0
+    assert (
+        joined.diverged.sel(initialization="batchnorm", learning_rate=1e30, seed=0)
+        == records[2].attrs["diverged"]
+        > 0
+    )
     assert np.isnan(joined.diverged.sel(initialization="sample", learning_rate=1e30)).all()
-    assert joined.attrs["wall_time"] == pytest.approx(sum(record.attrs["wall_time"] for record in records))
+    assert joined.attrs["wall_time"] == pytest.approx(
+        sum(record.attrs["wall_time"] for record in records)
+    )
     assert joined.attrs["source"] == "scikit-learn's digits"
     assert "learning_rate" not in joined.attrs
     with pytest.raises(ValueError, match=r"records must agree in width, got \['4', '5'\]"):
@@ -445,7 +552,10 @@ def command(*arguments: str) -> Any:
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"digits": {"width": 4, "iterations": 3, "batch_size": 16}, "cifar10": {"width": 4, "iterations": 3}}
+    quick = {
+        "digits": {"width": 4, "iterations": 3, "batch_size": 16},
+        "cifar10": {"width": 4, "iterations": 3},
+    }
     monkeypatch.setitem(training.SCALES, "quick", quick)
     monkeypatch.chdir(tmp_path)
     options = ["digits", "--init", "sample", "--rate", "0.01", "--rate", "1e30", "--seeds", "2"]
@@ -483,7 +593,9 @@ def test_a_store_never_mixes_two_copies_and_keeps_what_is_not_its_own(
     micrographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        training.SCALES, "quick", {"micrographs": {"width": 2, "iterations": 2, "batch_size": 3, "calibration": 4}}
+        training.SCALES,
+        "quick",
+        {"micrographs": {"width": 2, "iterations": 2, "batch_size": 3, "calibration": 4}},
     )
     other, output = tmp_path / "other", tmp_path / "record.nc"
     shutil.copytree(micrographs, other)
@@ -492,7 +604,18 @@ def test_a_store_never_mixes_two_copies_and_keeps_what_is_not_its_own(
     strange = tmp_path / "record.nc.store" / "checkpoints" / "another.checkpoint"
     strange.parent.mkdir(parents=True)
     strange.write_text("of a run that is not finished")
-    options = ("micrographs", "--init", "sample", "--rate", "0.01", "--seeds", "1", "--output", str(output), "--resume")
+    options = (
+        "micrographs",
+        "--init",
+        "sample",
+        "--rate",
+        "0.01",
+        "--seeds",
+        "1",
+        "--output",
+        str(output),
+        "--resume",
+    )
     sources = []
     for folder in (micrographs, other, micrographs):
         assert command(*options, "--data", str(folder)).exit_code == 0
@@ -526,7 +649,9 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
     def lives(process: int) -> bool:
         try:
-            return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            return (
+                "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            )
         except FileNotFoundError:
             return False
 
@@ -539,11 +664,15 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mixed", [False, True])
 def test_gpu(mixed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = replace(LONGER["batchnorm"], iterations=12, probed=(), channels_last=True, mixed_precision=mixed)
+    experiment = replace(
+        LONGER["batchnorm"], iterations=12, probed=(), channels_last=True, mixed_precision=mixed
+    )
     whole = run(experiment, 2, device="cuda")
     assert np.isfinite(whole.loss).all()
     interrupted(monkeypatch, tmp_path, experiment, 6, device="cuda")
-    np.testing.assert_array_equal(run(experiment, 2, device="cuda", checkpoints=tmp_path).loss, whole.loss)
+    np.testing.assert_array_equal(
+        run(experiment, 2, device="cuda", checkpoints=tmp_path).loss, whole.loss
+    )
     if not mixed:
         np.testing.assert_allclose(whole.loss[:3], run(experiment, 2).loss[:3], rtol=1e-2)
 

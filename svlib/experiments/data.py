@@ -1,6 +1,7 @@
 """Data of the same kind from every source: embedded (white noise, digits, drawn membranes), or from a folder of the user's.
 
-Images are float32 tensors (inputs, channels, height, width), standardized by the mean and deviation of the training images.
+Images are float32 tensors (inputs, channels, height, width), standardized by the mean and deviation
+of the training images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 _CIFAR10_ARCHIVE, _CIFAR10_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
 _CIFAR10_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
-_CIFAR10_RECORDS = 10_000  # in each file; a record is a label byte, then 1024 red, 1024 green, 1024 blue
+_CIFAR10_RECORDS = (
+    10_000  # in each file; a record is a label byte, then 1024 red, 1024 green, 1024 blue
+)
 _MICROGRAPHS = "https://imagej.net/events/isbi-2012-segmentation-challenge"
 
 
@@ -56,15 +59,18 @@ def gaussian(samples: int, *features: int, seed: int) -> torch.Tensor:
         >>> gaussian(3, 1, 8, 8, seed=0).shape
         torch.Size([3, 1, 8, 8])
     """
-    shape = [_check.integer("samples", samples), *(_check.integer("features", size) for size in features)]
+    shape = [
+        _check.integer("samples", samples),
+        *(_check.integer("features", size) for size in features),
+    ]
     return torch.randn(shape, generator=stream(seed, "data"))
 
 
 def digits(size: int = 16) -> Split:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, enlarged by linear interpolation.
 
-    At 16 x 16 the published ALL-CNN-C fits: its maps shrink to 8, 4 and 2 pixels a side. The last 360 images, in
-    the order they come, are held out.
+    At 16 x 16 the published ALL-CNN-C fits: its maps shrink to 8, 4 and 2 pixels a side. The last
+    360 images, in the order they come, are held out.
 
     Args:
         size: Side of the enlarged image, at least 8.
@@ -89,8 +95,9 @@ def digits(size: int = 16) -> Split:
 def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: int) -> Split:
     """Drawn electron micrographs: dark membranes between cells, with texture, blur and noise.
 
-    Cells are Voronoi cells on a smoothly warped plane, and membrane (label 1, about 30 % of all pixels)
-    is what lies within 1.2 pixels of a border. A stand-in for the ISBI 2012 stack of real micrographs.
+    Cells are Voronoi cells on a smoothly warped plane, and membrane (label 1, about 30 % of all
+    pixels) is what lies within 1.2 pixels of a border. A stand-in for the ISBI 2012 stack of real
+    micrographs.
 
     Args:
         images: Number of training images.
@@ -114,7 +121,10 @@ def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: in
     generator = np.random.default_rng(_check.integer("seed", seed, 0))
     drawn = [_micrograph(size, generator) for _ in range(images + held_out)]
     return _split(
-        np.stack([image for image, _ in drawn])[:, None], np.stack([mask for _, mask in drawn])[:, None], images, "drawn"
+        np.stack([image for image, _ in drawn])[:, None],
+        np.stack([mask for _, mask in drawn])[:, None],
+        images,
+        "drawn",
     )
 
 
@@ -125,10 +135,14 @@ def _smooth_noise(size: int, scale: float, generator: np.random.Generator) -> np
 
 def _micrograph(size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     spacing = 14.0  # typical diameter of a cell in pixels
-    centres = generator.uniform(-spacing, size + spacing, (int(((size + 2 * spacing) / spacing) ** 2), 2))
+    centres = generator.uniform(
+        -spacing, size + spacing, (int(((size + 2 * spacing) / spacing) ** 2), 2)
+    )
     plane = np.moveaxis(np.indices((size, size), dtype=float), 0, -1)
     warp = np.stack([_smooth_noise(size, spacing / 3, generator) for _ in range(2)], -1)
-    distances, nearest = map(np.asarray, cKDTree(centres).query(plane + 2.0 * warp, k=2))  # (size, size, 2) each
+    distances, nearest = map(
+        np.asarray, cKDTree(centres).query(plane + 2.0 * warp, k=2)
+    )  # (size, size, 2) each
     apart = np.linalg.norm(np.diff(centres[nearest], axis=2)[..., 0, :], axis=-1)
     to_border = (distances[..., 1] ** 2 - distances[..., 0] ** 2) / (2 * apart)
     mask = (to_border < 1.2).astype(np.float32)
@@ -146,8 +160,8 @@ def _split(images: np.ndarray, labels: np.ndarray, training: int, source: str) -
 def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
     """CIFAR-10 from its binary archive, or from the folder that the archive unpacks to. No pickle is read.
 
-    An archive must have the official SHA-256. An unpacked folder has no official one: ``source`` names the SHA-256 of
-    its six files in order, so that another copy shows as another.
+    An archive must have the official SHA-256. An unpacked folder has no official one: ``source``
+    names the SHA-256 of its six files in order, so that another copy shows as another.
 
     Args:
         folder: Folder that holds cifar-10-binary.tar.gz or cifar-10-batches-bin; ``None`` takes the
@@ -157,7 +171,8 @@ def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
         Images (50,000 and 10,000, 3, 32, 32), labels 0 to 9; 0.8 GB.
 
     Raises:
-        FileNotFoundError: If folder, archive or a file is missing; the message says where to get it.
+        FileNotFoundError: If folder, archive or a file is missing; the message says where to get
+            it.
         ValueError: If the archive's checksum, a file's size or a label is wrong.
     """
     place = _folder(folder, f"{_CIFAR10_ARCHIVE} or {_CIFAR10_FOLDER}", CIFAR10_URL)
@@ -165,7 +180,10 @@ def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
     if archive.is_file():
         _verify(archive)
         with tarfile.open(archive) as members:
-            parts = [_cifar10_file(name, _member(members, f"{_CIFAR10_FOLDER}/{name}")) for name in _CIFAR10_FILES]
+            parts = [
+                _cifar10_file(name, _member(members, f"{_CIFAR10_FOLDER}/{name}"))
+                for name in _CIFAR10_FILES
+            ]
         source = f"{_CIFAR10_ARCHIVE}, SHA-256 {CIFAR10_SHA256}"
     else:
         unpacked = place if (place / _CIFAR10_FILES[0]).is_file() else place / _CIFAR10_FOLDER
@@ -178,13 +196,19 @@ def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
         digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
         source = f"{_CIFAR10_FOLDER}, SHA-256 of its files {digest}"
     records = np.concatenate(parts)
-    return _from_bytes(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64), 5 * _CIFAR10_RECORDS, source)
+    return _from_bytes(
+        records[:, 1:].reshape(-1, 3, 32, 32),
+        records[:, 0].astype(np.int64),
+        5 * _CIFAR10_RECORDS,
+        source,
+    )
 
 
 def fetch_cifar10(folder: str | os.PathLike[str]) -> Path:
     """Download CIFAR-10's binary archive (170 MB) into a folder, unless it is there whole; shows a progress bar.
 
-    A download that was cut off, or has another SHA-256 than the official one, leaves nothing behind.
+    A download that was cut off, or has another SHA-256 than the official one, leaves nothing
+    behind.
 
     Returns:
         Path of the archive.
@@ -195,16 +219,19 @@ def fetch_cifar10(folder: str | os.PathLike[str]) -> Path:
     """
     import pooch  # here, for in a notebook without widgets its import of tqdm.auto warns
 
-    path = pooch.retrieve(CIFAR10_URL, f"sha256:{CIFAR10_SHA256}", _CIFAR10_ARCHIVE, str(folder), progressbar=True)
+    path = pooch.retrieve(
+        CIFAR10_URL, f"sha256:{CIFAR10_SHA256}", _CIFAR10_ARCHIVE, str(folder), progressbar=True
+    )
     return Path(path)
 
 
 def micrographs(folder: str | os.PathLike[str] | None = None, *, held_out: int = 5) -> Split:
     """Electron micrographs with their membranes, as in the ISBI 2012 challenge, from a folder.
 
-    Either two folders, image and label, of 8-bit grey pictures with the same names; or two multi-page TIFFs,
-    train-volume.tif and train-labels.tif. Labels are black (0) on membranes and white (1 or 255) in cells.
-    The last sections are held out; numbered names are taken in the order of their numbers.
+    Either two folders, image and label, of 8-bit grey pictures with the same names; or two
+    multi-page TIFFs, train-volume.tif and train-labels.tif. Labels are black (0) on membranes and
+    white (1 or 255) in cells. The last sections are held out; numbered names are taken in the order
+    of their numbers.
 
     Args:
         folder: Folder that holds them; ``None`` takes the environment variable SVLIB_DATA.
@@ -216,32 +243,43 @@ def micrographs(folder: str | os.PathLike[str] | None = None, *, held_out: int =
     Raises:
         TypeError: If ``held_out`` is not an integer.
         FileNotFoundError: If folder or files are missing.
-        ValueError: If a picture cannot be read, shapes differ, labels have other values, or no section is left.
+        ValueError: If a picture cannot be read, shapes differ, labels have other values, or no
+            section is left.
     """
     held_out = _check.integer("held_out", held_out)
-    place = _folder(folder, "image and label, or train-volume.tif and train-labels.tif", _MICROGRAPHS)
+    place = _folder(
+        folder, "image and label, or train-volume.tif and train-labels.tif", _MICROGRAPHS
+    )
     if (place / "train-volume.tif").is_file():
         images, labels = _pages(place / "train-volume.tif"), _pages(place / "train-labels.tif")
     else:
         names = sorted(
-            (path.name for path in (place / "image").glob("*.*")), key=lambda name: (len(Path(name).stem), name)
+            (path.name for path in (place / "image").glob("*.*")),
+            key=lambda name: (len(Path(name).stem), name),
         )  # 2 before 10
         if not names:
             raise FileNotFoundError(
                 f"folder must hold image and label with pictures of the same names, or train-volume.tif and "
                 f"train-labels.tif ({_MICROGRAPHS}), got {place}"
             )
-        images, labels = ([page for name in names for page in _pages(place / kind / name)] for kind in ("image", "label"))
+        images, labels = (
+            [page for name in names for page in _pages(place / kind / name)]
+            for kind in ("image", "label")
+        )
     if len(shapes := {page.shape for page in images + labels}) > 1 or len(images) != len(labels):
         raise ValueError(
             f"images and labels must be as many and of one size, "
             f"got {len(images)} and {len(labels)} of {sorted(shapes)} in {place}"
         )
     if len(images) <= held_out:
-        raise ValueError(f"held_out must be below the number of sections, {len(images)}, got {held_out}")
+        raise ValueError(
+            f"held_out must be below the number of sections, {len(images)}, got {held_out}"
+        )
     pixels, inside = np.stack(images)[:, None], np.stack(labels)[:, None]
     if bad := sorted(set(np.unique(inside).tolist()) - {0, 1, 255}):
-        raise ValueError(f"labels must be 0 on membranes and 1 or 255 in cells, got {bad[:5]} in {place}")
+        raise ValueError(
+            f"labels must be 0 on membranes and 1 or 255 in cells, got {bad[:5]} in {place}"
+        )
     digest = hashlib.sha256(pixels.tobytes() + inside.tobytes()).hexdigest()
     source = f"{len(images)} micrographs, SHA-256 of images and labels {digest}"
     return _from_bytes(pixels, (inside == 0).astype(np.float32), len(images) - held_out, source)
@@ -251,7 +289,9 @@ def _folder(folder: str | os.PathLike[str] | None, wanted: str, address: str) ->
     given = os.environ.get(FOLDER_VARIABLE) if folder is None else folder
     hint = f"a folder with {wanted} ({address})"
     if not given:
-        raise FileNotFoundError(f"folder (--data, or the environment variable {FOLDER_VARIABLE}) must name {hint}, got none")
+        raise FileNotFoundError(
+            f"folder (--data, or the environment variable {FOLDER_VARIABLE}) must name {hint}, got none"
+        )
     if not (path := Path(given)).is_dir():
         raise FileNotFoundError(f"folder must be {hint}, got {path}, which is none")
     return path
@@ -280,10 +320,14 @@ def _member(members: tarfile.TarFile, name: str) -> bytes:
 def _cifar10_file(name: str, content: bytes) -> np.ndarray:
     """The records (records, 3073) of one file, bytes."""
     if len(content) != (size := _CIFAR10_RECORDS * 3073):
-        raise ValueError(f"{name} must have {size:,} bytes, got {len(content):,}: it is truncated or no file of CIFAR-10")
+        raise ValueError(
+            f"{name} must have {size:,} bytes, got {len(content):,}: it is truncated or no file of CIFAR-10"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     if len(bad := np.flatnonzero(records[:, 0] > 9)):
-        raise ValueError(f"{name} must have labels 0 to 9, got {records[bad[0], 0]} in record {bad[0]} ({len(bad)} such)")
+        raise ValueError(
+            f"{name} must have labels 0 to 9, got {records[bad[0], 0]} in record {bad[0]} ({len(bad)} such)"
+        )
     return records
 
 
@@ -291,10 +335,21 @@ def _pages(path: Path) -> list[np.ndarray]:
     """The pages of a picture, (height, width) bytes each."""
     try:
         with Image.open(path) as picture:
-            read = [(page.mode, np.asarray(page.convert("L"))) for page in ImageSequence.Iterator(picture)]
+            read = [
+                (page.mode, np.asarray(page.convert("L")))
+                for page in ImageSequence.Iterator(picture)
+            ]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} must be there, got none: every image has a label of the same name") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, KeyError) as error:  # Pillow's, where a TIFF is cut off
+        raise FileNotFoundError(
+            f"{path} must be there, got none: every image has a label of the same name"
+        ) from None
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        KeyError,
+    ) as error:  # Pillow's, where a TIFF is cut off
         raise ValueError(f"{path} must be a picture, it cannot be read: {error}") from None
     if bad := [mode for mode, _ in read if mode not in ("1", "L")]:
         raise ValueError(f"{path} must be 8-bit grey or black and white, got mode {bad[0]!r}")
@@ -303,7 +358,10 @@ def _pages(path: Path) -> list[np.ndarray]:
 
 def _from_bytes(pixels: np.ndarray, labels: np.ndarray, training: int, source: str) -> Split:
     """Standardize bytes as :func:`_split` does, without float64 copies of them all."""
-    counts = np.sum([np.bincount(image.ravel(), minlength=256) for image in pixels[:training]], 0) / pixels[:training].size
+    counts = (
+        np.sum([np.bincount(image.ravel(), minlength=256) for image in pixels[:training]], 0)
+        / pixels[:training].size
+    )
     levels = np.arange(256)
     mean = counts @ levels
     deviation = np.sqrt(counts @ (levels - mean) ** 2)

@@ -1,6 +1,7 @@
 """The networks of the paper, with He's initialization: Gaussian weights of variance 2/fan-in, zero biases.
 
-No dropout, no weight decay. Each has a variant with BatchNorm before every ReLU, the output excepted.
+No dropout, no weight decay. Each has a variant with BatchNorm before every ReLU, the output
+excepted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def _he_(model: Model, seed: int) -> Model:
     generator = stream(seed, "weights")
     for layer in model.modules():
         if isinstance(layer, nn.Linear | _ConvNd):
-            if isinstance(layer, _ConvTransposeNd):  # each output position sees 1/stride of the kernel
+            if isinstance(
+                layer, _ConvTransposeNd
+            ):  # each output position sees 1/stride of the kernel
                 fan_in = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
             else:
                 fan_in = layer.weight[0].numel()
@@ -39,7 +42,9 @@ def _conv_block(
     return [nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding), *norm, nn.ReLU()]
 
 
-def mlp(features: int, *, width: int, depth: int, outputs: int, batchnorm: bool = False, seed: int) -> nn.Sequential:
+def mlp(
+    features: int, *, width: int, depth: int, outputs: int, batchnorm: bool = False, seed: int
+) -> nn.Sequential:
     """Fully connected ReLU network: (inputs, features) to (inputs, outputs).
 
     Args:
@@ -70,15 +75,19 @@ def mlp(features: int, *, width: int, depth: int, outputs: int, batchnorm: bool 
     return _he_(nn.Sequential(*layers), seed)
 
 
-def all_cnn_c(width: int = 96, *, channels: int = 3, classes: int = 10, batchnorm: bool = False, seed: int) -> nn.Sequential:
+def all_cnn_c(
+    width: int = 96, *, channels: int = 3, classes: int = 10, batchnorm: bool = False, seed: int
+) -> nn.Sequential:
     """ALL-CNN-C of Springenberg et al. 2015 (arXiv:1412.6806, table 1): images to class scores.
 
-    Nine convolutions, two of stride 2 instead of pooling, then the mean over positions. The 3 x 3 convolutions are
-    padded, the seventh excepted. Shapes: (inputs, channels, height, width) with sides of at least 9 to
-    (inputs, classes); published for 3 x 32 x 32. The published dropout, and ReLU on the scores, are left out.
+    Nine convolutions, two of stride 2 instead of pooling, then the mean over positions. The 3 x 3
+    convolutions are padded, the seventh excepted. Shapes: (inputs, channels, height, width) with
+    sides of at least 9 to (inputs, classes); published for 3 x 32 x 32. The published dropout, and
+    ReLU on the scores, are left out.
 
     Args:
-        width: Channels of the first three convolutions, 96 as published; the next five have twice as many.
+        width: Channels of the first three convolutions, 96 as published; the next five have twice
+            as many.
         channels: Input channels.
         classes: Number of classes.
         batchnorm: Put BatchNorm before every ReLU.
@@ -114,9 +123,9 @@ def all_cnn_c(width: int = 96, *, channels: int = 3, classes: int = 10, batchnor
 class UNet(nn.Module):
     """U-Net of Ronneberger et al. 2015 (arXiv:1505.04597): images to a score per pixel.
 
-    Two 3 x 3 convolutions per level, max-pooling down, 2 x 2 transposed convolutions up, skip connections. Unlike the
-    published one it pads, so that the size stays. Shapes: (inputs, channels, height, width), sides divisible by
-    2**levels, to (inputs, 1, height, width).
+    Two 3 x 3 convolutions per level, max-pooling down, 2 x 2 transposed convolutions up, skip
+    connections. Unlike the published one it pads, so that the size stays. Shapes: (inputs,
+    channels, height, width), sides divisible by 2**levels, to (inputs, 1, height, width).
 
     Args:
         width: Channels of the first level, 64 as published, doubled at each level.
@@ -134,7 +143,15 @@ class UNet(nn.Module):
         torch.Size([5, 1, 32, 32])
     """
 
-    def __init__(self, width: int = 64, *, levels: int = 4, channels: int = 1, batchnorm: bool = False, seed: int) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        *,
+        levels: int = 4,
+        channels: int = 1,
+        batchnorm: bool = False,
+        seed: int,
+    ) -> None:
         super().__init__()
         width, channels = _check.integer("width", width), _check.integer("channels", channels)
         self.levels = _check.integer("levels", levels)
@@ -145,8 +162,12 @@ class UNet(nn.Module):
 
         widths = [width * 2**level for level in range(self.levels + 1)]
         with torch.random.fork_rng(devices=[]):
-            self.down = nn.ModuleList(pair(a, b) for a, b in zip([channels, *widths], widths, strict=False))
-            self.up = nn.ModuleList(nn.ConvTranspose2d(2 * n, n, 2, stride=2) for n in reversed(widths[:-1]))
+            self.down = nn.ModuleList(
+                pair(a, b) for a, b in zip([channels, *widths], widths, strict=False)
+            )
+            self.up = nn.ModuleList(
+                nn.ConvTranspose2d(2 * n, n, 2, stride=2) for n in reversed(widths[:-1])
+            )
             self.join = nn.ModuleList(pair(2 * n, n) for n in reversed(widths[:-1]))
             self.last = nn.Conv2d(width, 1, 1)
         _he_(self, seed)

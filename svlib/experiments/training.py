@@ -1,8 +1,8 @@
 """One training run in, one record out: total init, sample init or BatchNorm.
 
-ALL-CNN-C on digits or CIFAR-10, or a U-Net on drawn membranes or electron micrographs. The paper does not state its
-optimizer, learning rate, batch size or calibration batch; plain SGD with momentum stands in, without weight decay,
-dropout or augmentation.
+ALL-CNN-C on digits or CIFAR-10, or a U-Net on drawn membranes or electron micrographs. The paper
+does not state its optimizer, learning rate, batch size or calibration batch; plain SGD with
+momentum stands in, without weight decay, dropout or augmentation.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812, as torch's own documentation calls it
 from tqdm import tqdm
 
-from svlib import _check, data, init, networks
+from svlib import _check
+from svlib._files import provenance, write_whole
 from svlib._random import stream
-from svlib._record import provenance, write_whole
-from svlib.probing import probe, probe_gradients
+from svlib.experiments import data, networks
+from svlib.probing import init
+from svlib.probing.probe import probe, probe_gradients
 
 CLASSES, MASKS = ("digits", "cifar10"), ("membranes", "micrographs")
 DATA = CLASSES + MASKS
@@ -88,17 +90,20 @@ class Experiment:
     """What is the same for all seeds of a training experiment.
 
     Attributes:
-        data: "digits" or "cifar10" (ALL-CNN-C, cross-entropy); "membranes" (U-Net with 2 levels) or "micrographs" (4 levels,
-            random crops of 128 pixels), cross-entropy per pixel.
-        initialization: "total", "sample" (He's weights, then :mod:`svlib.init` on a calibration batch), "batchnorm" (He's
-            weights, BatchNorm before every ReLU) or "layer" (as "total", the mean of each layer subtracted).
+        data: "digits" or "cifar10" (ALL-CNN-C, cross-entropy); "membranes" (U-Net with 2 levels) or
+            "micrographs" (4 levels, random crops of 128 pixels), cross-entropy per pixel.
+        initialization: "total", "sample" (He's weights, then :mod:`svlib.probing.init` on a
+            calibration batch), "batchnorm" (He's weights, BatchNorm before every ReLU) or "layer"
+            (as "total", the mean of each layer subtracted).
         width: Channels of the first layer (published: 96 for ALL-CNN-C, 64 for the U-Net).
         iterations: Steps of SGD.
-        batch_size: Images in a step, drawn without replacement, epoch by epoch (micrographs: crops, with replacement).
+        batch_size: Images in a step, drawn without replacement, epoch by epoch (micrographs: crops,
+            with replacement).
         learning_rate: Step size, constant.
         momentum: Momentum of SGD.
         calibration: Images in the calibration batch.
-        probed: Iterations before which layers, gradients and held-out data are measured, beside the start and the end.
+        probed: Iterations before which layers, gradients and held-out data are measured, beside the
+            start and the end.
         channels_last: Keep images and weights with the channels last in memory: often faster.
         mixed_precision: Forward pass in bfloat16 where torch's autocast does so; CUDA only.
 
@@ -122,22 +127,39 @@ class Experiment:
     def __post_init__(self) -> None:
         _check.choice("data", self.data, DATA)
         _check.choice("initialization", self.initialization, INITIALIZATIONS + VARIANTS)
-        for name, minimum in (("width", 1), ("iterations", 1), ("batch_size", 2), ("calibration", 2)):
+        for name, minimum in (
+            ("width", 1),
+            ("iterations", 1),
+            ("batch_size", 2),
+            ("calibration", 2),
+        ):
             object.__setattr__(self, name, _check.integer(name, getattr(self, name), minimum))
-        object.__setattr__(self, "learning_rate", _check.real("learning_rate", self.learning_rate, 0, open_low=True))
+        object.__setattr__(
+            self,
+            "learning_rate",
+            _check.real("learning_rate", self.learning_rate, 0, open_low=True),
+        )
         object.__setattr__(self, "momentum", _check.real("momentum", self.momentum, 0, 1))
         for name in ("channels_last", "mixed_precision"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.probed, tuple | list):
             raise TypeError(f"probed must be a tuple of iterations, got {self.probed!r}")
-        object.__setattr__(self, "probed", tuple(_check.integer("probed", iteration, 0) for iteration in self.probed))
+        object.__setattr__(
+            self,
+            "probed",
+            tuple(_check.integer("probed", iteration, 0) for iteration in self.probed),
+        )
         if max(self.probed, default=0) > self.iterations:
-            raise ValueError(f"probed must be at most the {self.iterations} iterations, got {max(self.probed)}")
+            raise ValueError(
+                f"probed must be at most the {self.iterations} iterations, got {max(self.probed)}"
+            )
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, folder: str | None, device: torch.device, files: frozenset[tuple[str, int, int]]) -> data.Split:
+def _load(
+    name: str, folder: str | None, device: torch.device, files: frozenset[tuple[str, int, int]]
+) -> data.Split:
     """The data on the device. ``files`` tells a folder from what it was before."""
     if name in ("digits", "membranes"):
         split = data.digits() if name == "digits" else data.membranes(seed=0)
@@ -150,19 +172,27 @@ def _load(name: str, folder: str | None, device: torch.device, files: frozenset[
 def _files(folder: str | None) -> frozenset[tuple[str, int, int]]:
     """Path, time and size of what lies in a folder and in its folders."""
     place = None if folder is None else Path(folder).resolve()
-    paths = [] if place is None else [path for pattern in ("*", "*/*") for path in place.glob(pattern) if path.is_file()]
+    paths = (
+        []
+        if place is None
+        else [path for pattern in ("*", "*/*") for path in place.glob(pattern) if path.is_file()]
+    )
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
 def _tiled(split: data.Split) -> data.Split:
     """Cut the held-out sections into tiles of the size of the training crops."""
     if min(split.images.shape[2:]) < CROP:
-        raise ValueError(f"micrographs must be at least {CROP} pixels a side, got {tuple(split.images.shape[2:])}")
+        raise ValueError(
+            f"micrographs must be at least {CROP} pixels a side, got {tuple(split.images.shape[2:])}"
+        )
 
     def tiles(pictures: torch.Tensor) -> torch.Tensor:
         return pictures.unfold(2, CROP, CROP).unfold(3, CROP, CROP).reshape(-1, 1, CROP, CROP)
 
-    return split._replace(held_out_images=tiles(split.held_out_images), held_out_labels=tiles(split.held_out_labels))
+    return split._replace(
+        held_out_images=tiles(split.held_out_images), held_out_labels=tiles(split.held_out_labels)
+    )
 
 
 def _prepare(
@@ -174,12 +204,16 @@ def _prepare(
         raise TypeError(f"experiment must be an Experiment, got {type(experiment).__name__}")
     device = _check.device(device)
     if experiment.mixed_precision and device.type != "cuda":
-        raise ValueError(f"mixed_precision must be False unless device is cuda, got device {device}")
+        raise ValueError(
+            f"mixed_precision must be False unless device is cuda, got device {device}"
+        )
     place = os.environ.get(data.FOLDER_VARIABLE) if folder is None else os.fspath(folder)
     split = _load(experiment.data, place, device, _files(place))
     for name in ("batch_size", "calibration"):
         if experiment.data != "micrographs" and getattr(experiment, name) > len(split.images):
-            raise ValueError(f"{name} must be at most the {len(split.images)} training images, got {getattr(experiment, name)}")
+            raise ValueError(
+                f"{name} must be at most the {len(split.images)} training images, got {getattr(experiment, name)}"
+            )
     return experiment, split, device
 
 
@@ -187,7 +221,9 @@ def _network(experiment: Experiment, seed: int) -> nn.Module:
     batchnorm = experiment.initialization == "batchnorm"
     if experiment.data in CLASSES:
         channels = 3 if experiment.data == "cifar10" else 1
-        return networks.all_cnn_c(experiment.width, channels=channels, batchnorm=batchnorm, seed=seed)
+        return networks.all_cnn_c(
+            experiment.width, channels=channels, batchnorm=batchnorm, seed=seed
+        )
     levels = 4 if experiment.data == "micrographs" else 2
     return networks.UNet(experiment.width, levels=levels, batchnorm=batchnorm, seed=seed)
 
@@ -196,18 +232,30 @@ def _memory_format(experiment: Experiment) -> torch.memory_format:
     return torch.channels_last if experiment.channels_last else torch.contiguous_format
 
 
-def _crops(split: data.Split, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _crops(
+    split: data.Split, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     sections = torch.randint(len(split.images), (count,), generator=generator).tolist()
-    tops, lefts = (torch.randint(side - CROP + 1, (count,), generator=generator).tolist() for side in split.images.shape[2:])
+    tops, lefts = (
+        torch.randint(side - CROP + 1, (count,), generator=generator).tolist()
+        for side in split.images.shape[2:]
+    )
     places = list(zip(sections, tops, lefts, strict=True))
     images, labels = (
-        torch.stack([part[section, :, top : top + CROP, left : left + CROP] for section, top, left in places])
+        torch.stack(
+            [
+                part[section, :, top : top + CROP, left : left + CROP]
+                for section, top, left in places
+            ]
+        )
         for part in (split.images, split.labels)
     )
     return images, labels
 
 
-def _batches(experiment: Experiment, split: data.Split, seed: int, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    experiment: Experiment, split: data.Split, seed: int, start: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield training batches from an iteration on: what comes depends on seed and iteration alone."""
     if experiment.data == "micrographs":
         for iteration in itertools.count(start):
@@ -216,7 +264,9 @@ def _batches(experiment: Experiment, split: data.Split, seed: int, start: int) -
     for iteration in itertools.count(start):
         epoch, place = divmod(iteration, per_epoch)
         if place == 0 or iteration == start:
-            order = torch.randperm(len(split.images), generator=stream(seed, "order", epoch)).to(split.images.device)
+            order = torch.randperm(len(split.images), generator=stream(seed, "order", epoch)).to(
+                split.images.device
+            )
         rows = order[place * experiment.batch_size : (place + 1) * experiment.batch_size]
         yield split.images[rows], split.labels[rows]
 
@@ -235,7 +285,9 @@ def _loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(scores, labels)
 
 
-def _held_out(model: nn.Module, split: data.Split, memory_format: torch.memory_format) -> dict[str, float]:
+def _held_out(
+    model: nn.Module, split: data.Split, memory_format: torch.memory_format
+) -> dict[str, float]:
     """Loss and fraction of images (or of pixels) classified wrongly, in evaluation mode; for masks, how much they overlap."""
     model.eval()
     with torch.no_grad():
@@ -244,21 +296,34 @@ def _held_out(model: nn.Module, split: data.Split, memory_format: torch.memory_f
     model.train()
     labels = split.held_out_labels
     guesses = (scores > 0).to(labels) if scores.ndim == 4 else scores.argmax(1)
-    found = {"held_out_loss": float(_loss(scores, labels)), "held_out_error": float((guesses != labels).double().mean())}
+    found = {
+        "held_out_loss": float(_loss(scores, labels)),
+        "held_out_error": float((guesses != labels).double().mean()),
+    }
     if scores.ndim == 4:
         union = float(torch.maximum(guesses, labels).sum())
         found["held_out_iou"] = float((guesses * labels).sum()) / union if union else 1.0
     return found
 
 
-def _measure(model: nn.Module, split: data.Split, seed: int, memory_format: torch.memory_format) -> dict[str, Any]:
+def _measure(
+    model: nn.Module, split: data.Split, seed: int, memory_format: torch.memory_format
+) -> dict[str, Any]:
     """The decomposition and the gradient, layer by layer, in training mode, and what the held-out data say."""
     count = max(16, _PROBED // split.images[0, 0, :CROP, :CROP].numel())
     images = split.held_out_images[:count].contiguous(memory_format=memory_format)
     layers, units = probe(model, images), probe(model, images, positions="units")
-    by_layer = {"name": layers.name, "m2": layers.m2, "v2": layers.v2, "m2_units": units.m2, "v2_units": units.v2}
+    by_layer = {
+        "name": layers.name,
+        "m2": layers.m2,
+        "v2": layers.v2,
+        "m2_units": units.m2,
+        "v2_units": units.v2,
+    }
     by_layer["gradient2"] = probe_gradients(model, images, seed=seed).gradient2
-    return {name: column.tolist() for name, column in by_layer.items()} | _held_out(model, split, memory_format)
+    return {name: column.tolist() for name, column in by_layer.items()} | _held_out(
+        model, split, memory_format
+    )
 
 
 def source(
@@ -285,17 +350,20 @@ def initialized(
 ) -> nn.Module:
     """The experiment's network with its initialization, in training mode.
 
-    The same seed gives all three initializations the same He weights and the same calibration batch.
+    The same seed gives all three initializations the same He weights and the same calibration
+    batch.
 
     Args:
         experiment: The configuration, or a mapping with its fields.
         seed: Seed of weights and calibration batch.
-        folder: Where CIFAR-10 or micrographs lie; ``None`` takes the environment variable SVLIB_DATA.
+        folder: Where CIFAR-10 or micrographs lie; ``None`` takes the environment variable
+            SVLIB_DATA.
         device: Where the network goes.
 
     Raises:
         TypeError: If ``experiment`` is not an Experiment or ``seed`` not an integer.
-        ValueError: If ``seed`` is negative, the device not there, or there are fewer images than a batch wants.
+        ValueError: If ``seed`` is negative, the device not there, or there are fewer images than a
+            batch wants.
         FileNotFoundError: If the data are not in ``folder``.
     """
     experiment, split, device = _prepare(experiment, folder, device)
@@ -305,7 +373,9 @@ def initialized(
         "total": init.total_, "layer": partial(init.total_, centred=True), "sample": init.sample_,
     }  # fmt: skip
     if experiment.initialization in initializers:
-        calibration = _calibration(experiment, split, seed).contiguous(memory_format=_memory_format(experiment))
+        calibration = _calibration(experiment, split, seed).contiguous(
+            memory_format=_memory_format(experiment)
+        )
         initializers[experiment.initialization](model, calibration)
     return model
 
@@ -328,7 +398,9 @@ class _State:
     def lengthen(self, iterations: int) -> None:
         """Make room for the curves of a longer run."""
         missing = max(0, iterations - len(self.losses))
-        self.losses, self.gradient_norms = (F.pad(x, (0, missing), value=torch.nan) for x in (self.losses, self.gradient_norms))
+        self.losses, self.gradient_norms = (
+            F.pad(x, (0, missing), value=torch.nan) for x in (self.losses, self.gradient_norms)
+        )
 
     def save(self, path: Path) -> None:
         content = io.BytesIO()
@@ -340,9 +412,14 @@ class _State:
         """What the file holds, or ``None``, with a warning, if it is damaged."""
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return cls(**torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True))
+            return cls(
+                **torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
+            )
         path.rename(path.with_suffix(".rejected"))
-        warnings.warn(f"{path} is damaged; set aside as {path.stem}.rejected, the run starts again", stacklevel=3)
+        warnings.warn(
+            f"{path} is damaged; set aside as {path.stem}.rejected, the run starts again",
+            stacklevel=3,
+        )
         return None
 
 
@@ -359,39 +436,50 @@ def run(
 ) -> xr.Dataset:
     """Train one network.
 
-    With ``checkpoints``, a run that was killed goes on from its last one, a longer run from a shorter one's end, and ends, on the same machine with the same number of
-    threads, with the same numbers bit for bit: batches depend on seed and iteration alone, and cuDNN is held to deterministic
-    algorithms. A point of :func:`svlib.sweep.run` is ``{"experiment": dataclasses.asdict(experiment), "seed": seed}``.
+    With ``checkpoints``, a run that was killed goes on from its last one, a longer run from a
+    shorter one's end, and ends, on the same machine with the same number of threads, with the same
+    numbers bit for bit: batches depend on seed and iteration alone, and cuDNN is held to
+    deterministic algorithms. A point of :func:`svlib.sweep.run` is ``{"experiment":
+    dataclasses.asdict(experiment), "seed": seed}``.
 
     Args:
         experiment: The configuration, or a mapping with its fields.
-        seed: Seed of weights, calibration batch and order of the data; runs with one seed are paired.
-        folder: Where CIFAR-10 or micrographs lie; ``None`` takes the environment variable SVLIB_DATA.
+        seed: Seed of weights, calibration batch and order of the data; runs with one seed are
+            paired.
+        folder: Where CIFAR-10 or micrographs lie; ``None`` takes the environment variable
+            SVLIB_DATA.
         device: Where to train.
-        source: The copy of the data that is meant, as :func:`source` gives it, so that a sweep does not mix two; ``None``: any.
-        checkpoints: Folder of checkpoints, made if missing; each run has a file of its own. ``None`` keeps none.
+        source: The copy of the data that is meant, as :func:`source` gives it, so that a sweep does
+            not mix two; ``None``: any.
+        checkpoints: Folder of checkpoints, made if missing; each run has a file of its own.
+            ``None`` keeps none.
         every: Seconds between checkpoints.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        Dataset with ``loss`` and ``gradient_norm`` (iteration): of each step's batch before the step, the norm over all
-        parameters; of more than 2,000 iterations, means over windows that begin at ``iteration``. At the iterations ``probed`` (0, those asked for, the last): ``m2``, ``v2``, ``m2_units``, ``v2_units``, ``gradient2`` (probed, layer),
-        of the outputs of weighted layers on held-out images of 2**18 pixels in training mode, positions as samples and
-        as units (see :func:`svlib.probe` and :func:`svlib.probe_gradients`); ``held_out_loss``, ``held_out_error`` (fraction of wrong images or pixels) and, for
-        masks, ``held_out_iou`` (intersection over union of membranes) (probed). ``attrs`` hold configuration, seed,
-        ``source`` of the data, versions, device, ``wall_time``, ``initialization_seconds``, ``seconds_per_iteration`` and
-        ``diverged``: -1, or the iteration at which the run ended, because its loss was not finite or above 10,000 or, where
-        probed, a layer's output not finite. All numbers from there on are NaN. Of micrographs the first tiles are probed.
+        Dataset with ``loss`` and ``gradient_norm`` (iteration): of each step's batch before the
+        step, the norm over all parameters; of more than 2,000 iterations, means over windows that
+        begin at ``iteration``. At the iterations ``probed`` (0, those asked for, the last): ``m2``,
+        ``v2``, ``m2_units``, ``v2_units``, ``gradient2`` (probed, layer), of the outputs of
+        weighted layers on held-out images of 2**18 pixels in training mode, positions as samples
+        and as units (see :func:`svlib.probe` and :func:`svlib.probe_gradients`); ``held_out_loss``,
+        ``held_out_error`` (fraction of wrong images or pixels) and, for masks, ``held_out_iou``
+        (intersection over union of membranes) (probed). ``attrs`` hold configuration, seed,
+        ``source`` of the data, versions, device, ``wall_time``, ``initialization_seconds``,
+        ``seconds_per_iteration`` and ``diverged``: -1, or the iteration at which the run ended,
+        because its loss was not finite or above 10,000 or, where probed, a layer's output not
+        finite. All numbers from there on are NaN. Of micrographs the first tiles are probed.
 
     Raises:
         TypeError: If ``experiment`` is not an Experiment or ``seed`` not an integer.
-        ValueError: If ``seed`` or ``every`` is negative, the device not there, the data another copy than ``source``, or
-            there are fewer images than a batch wants.
+        ValueError: If ``seed`` or ``every`` is negative, the device not there, the data another
+            copy than ``source``, or there are fewer images than a batch wants.
         FileNotFoundError: If the data are not in ``folder``.
         OSError: If a checkpoint cannot be written; the one before it stays.
 
     Warns:
-        UserWarning: If a checkpoint is damaged; it is set aside and the run starts again. If the last one cannot be written.
+        UserWarning: If a checkpoint is damaged; it is set aside and the run starts again. If the
+            last one cannot be written.
 
     Examples:
         >>> record = run(Experiment("digits", "sample", width=4, iterations=2, batch_size=8), seed=0)
@@ -402,7 +490,9 @@ def run(
     seed, every = _check.integer("seed", seed, 0), _check.real("every", every, 0)
     experiment, split, device = _prepare(experiment, folder, device)
     if source not in (None, split.source):
-        raise ValueError(f"source must be that of the data in the folder, {split.source!r}, got {source!r}")
+        raise ValueError(
+            f"source must be that of the data in the folder, {split.source!r}, got {source!r}"
+        )
     path, state = None, None
     if checkpoints is not None:
         path = Path(checkpoints) / f"{_identity(experiment, seed, split, device)}.checkpoint"
@@ -411,17 +501,29 @@ def run(
     probed = sorted({0, *experiment.probed, experiment.iterations})
     if state is not None:
         state.lengthen(experiment.iterations)
-        passed = [at for at in probed if at < state.iteration and at not in state.measured and state.diverged < 0]
+        passed = [
+            at
+            for at in probed
+            if at < state.iteration and at not in state.measured and state.diverged < 0
+        ]
         if passed:
-            message = f"checkpoints must be of a run that was probed at {passed}, got one that is past it"
+            message = (
+                f"checkpoints must be of a run that was probed at {passed}, got one that is past it"
+            )
             raise ValueError(f"{message} ({state.iteration}): take another folder")
     started_initialization = time.perf_counter()
     model = initialized(experiment, seed, folder=folder, device=device)
     if state is None:
-        losses, norms = (torch.full((experiment.iterations,), torch.nan, device=device) for _ in range(2))
-        state = _State(losses, norms, initialization_seconds=time.perf_counter() - started_initialization)
+        losses, norms = (
+            torch.full((experiment.iterations,), torch.nan, device=device) for _ in range(2)
+        )
+        state = _State(
+            losses, norms, initialization_seconds=time.perf_counter() - started_initialization
+        )
     started -= state.wall_time
-    optimizer = torch.optim.SGD(model.parameters(), lr=experiment.learning_rate, momentum=experiment.momentum)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=experiment.learning_rate, momentum=experiment.momentum
+    )
     if state.model is not None and state.optimizer is not None:
         model.load_state_dict(state.model)
         optimizer.load_state_dict(state.optimizer)
@@ -434,7 +536,9 @@ def run(
         while state.diverged < 0:
             if state.iteration in probed and state.iteration not in state.measured:
                 try:
-                    state.measured[state.iteration] = _measure(model, split, seed, _memory_format(experiment))
+                    state.measured[state.iteration] = _measure(
+                        model, split, seed, _memory_format(experiment)
+                    )
                 except _check.NotFiniteError:
                     if state.iteration == 0:
                         raise
@@ -447,20 +551,39 @@ def run(
                 state.wall_time, saved = time.perf_counter() - started, time.perf_counter()
                 state.save(path)
             stop = next(stop for stop in stops if stop > state.iteration)
-            _steps(experiment, model, optimizer, itertools.islice(batches, stop - state.iteration), state, bar)
-    state.model, state.optimizer, state.wall_time = model.state_dict(), optimizer.state_dict(), time.perf_counter() - started
+            _steps(
+                experiment,
+                model,
+                optimizer,
+                itertools.islice(batches, stop - state.iteration),
+                state,
+                bar,
+            )
+    state.model, state.optimizer, state.wall_time = (
+        model.state_dict(),
+        optimizer.state_dict(),
+        time.perf_counter() - started,
+    )
     if path:
         try:
             state.save(path)
         except OSError as error:  # the caller gets the record all the same
-            warnings.warn(f"the run is over, its last checkpoint could not be written: {error}", stacklevel=2)
+            warnings.warn(
+                f"the run is over, its last checkpoint could not be written: {error}", stacklevel=2
+            )
     return _record(experiment, seed, split, state, probed)
 
 
 def _identity(experiment: Experiment, seed: int, split: data.Split, device: torch.device) -> str:
     """A name for all that a run's numbers depend on: not on how long it is, nor on when it is looked at."""
-    common = {name: value for name, value in asdict(experiment).items() if name not in ("iterations", "probed")}
-    text = json.dumps([common, seed, split.source, version("svlib"), str(torch.__version__), device.type])
+    common = {
+        name: value
+        for name, value in asdict(experiment).items()
+        if name not in ("iterations", "probed")
+    }
+    text = json.dumps(
+        [common, seed, split.source, version("svlib"), str(torch.__version__), device.type]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -481,18 +604,27 @@ def _steps(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         state.losses[state.iteration] = loss.detach()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        ]
         state.gradient_norms[state.iteration] = nn.utils.get_total_norm(gradients)
         optimizer.step()
         state.iteration += 1
         bar.update()
-    lost = torch.nonzero(~(state.losses[first : state.iteration] <= _LOST))  # a GPU is waited for here, and only here
+    lost = torch.nonzero(
+        ~(state.losses[first : state.iteration] <= _LOST)
+    )  # a GPU is waited for here, and only here
     state.diverged = first + int(lost[0]) if len(lost) else -1
     state.seconds += time.perf_counter() - clock
 
 
-def _record(experiment: Experiment, seed: int, split: data.Split, state: _State, probed: list[int]) -> xr.Dataset:
-    series = {"loss": state.losses.cpu().numpy(), "gradient_norm": state.gradient_norms.cpu().numpy()}
+def _record(
+    experiment: Experiment, seed: int, split: data.Split, state: _State, probed: list[int]
+) -> xr.Dataset:
+    series = {
+        "loss": state.losses.cpu().numpy(),
+        "gradient_norm": state.gradient_norms.cpu().numpy(),
+    }
     length = experiment.iterations  # of a run that may have gone on beyond
     diverged = state.diverged if state.diverged < length or length not in state.measured else -1
     done = length if diverged < 0 else diverged
@@ -500,7 +632,9 @@ def _record(experiment: Experiment, seed: int, split: data.Split, state: _State,
     for name, values in series.items():
         curve = values[:length].astype(np.float64)
         curve[done:] = np.nan
-        series[name] = (np.add.reduceat(curve, starts) / np.diff(starts, append=length)).astype(np.float32)
+        series[name] = (np.add.reduceat(curve, starts) / np.diff(starts, append=length)).astype(
+            np.float32
+        )
     first = state.measured[0]
     kept = [state.measured.get(at, {}) if diverged < 0 or at < done else {} for at in probed]
     scalars, per_layer = {}, {}
@@ -514,7 +648,9 @@ def _record(experiment: Experiment, seed: int, split: data.Split, state: _State,
         "initialization_seconds": round(state.initialization_seconds, 4),
         "seconds_per_iteration": round(state.seconds / max(1, state.iteration), 6),
     }  # fmt: skip
-    attributes = {name: int(value) if isinstance(value, bool) else value for name, value in attributes.items()}  # for netCDF
+    attributes = {
+        name: int(value) if isinstance(value, bool) else value for name, value in attributes.items()
+    }  # for netCDF
     attributes |= provenance(state.losses.device, time.perf_counter() - state.wall_time)
     return xr.Dataset(
         {name: ("iteration", values) for name, values in series.items()}
@@ -540,13 +676,14 @@ def grid(
 
     Args:
         data: As in :class:`Experiment`.
-        scale: "quick" (seconds a run); of CIFAR-10 and micrographs also "laptop" (a minute or two a run on two cores),
-            "overnight" (about an hour) and "paper" (a GPU).
+        scale: "quick" (seconds a run); of CIFAR-10 and micrographs also "laptop" (a minute or two a
+            run on two cores), "overnight" (about an hour) and "paper" (a GPU).
         seeds: Number of seeds, from 0.
         initializations: Some of total, sample, batchnorm.
         learning_rates: The grid; ``None`` takes the five of ``LEARNING_RATES``.
         width: Channels of the first layer; ``None`` takes the scale's.
-        iterations: Steps of SGD; ``None`` takes the scale's. Where fewer, what was to be probed behind them is not.
+        iterations: Steps of SGD; ``None`` takes the scale's. Where fewer, what was to be probed
+            behind them is not.
         mixed_precision: As in :class:`Experiment`.
 
     Raises:
@@ -558,7 +695,11 @@ def grid(
         45
     """
     _check.choice("data", data, DATA)
-    settings = dict(SCALES[_check.choice("scale", scale, [name for name, sizes in SCALES.items() if data in sizes])][data])
+    settings = dict(
+        SCALES[
+            _check.choice("scale", scale, [name for name, sizes in SCALES.items() if data in sizes])
+        ][data]
+    )
     if width is not None:
         settings["width"] = width
     if iterations is not None:
@@ -567,7 +708,11 @@ def grid(
     rates = LEARNING_RATES[data] if learning_rates is None else tuple(learning_rates)
     return [
         {
-            "experiment": asdict(Experiment(data, kind, learning_rate=rate, mixed_precision=mixed_precision, **settings)),
+            "experiment": asdict(
+                Experiment(
+                    data, kind, learning_rate=rate, mixed_precision=mixed_precision, **settings
+                )
+            ),
             "seed": seed,
         }
         for seed in range(_check.integer("seeds", seeds))
@@ -579,16 +724,19 @@ def grid(
 def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
     """Join records of :func:`run` along ``initialization``, ``learning_rate`` and ``seed``; layers are counted from 1.
 
-    What differs from run to run in ``attrs`` (``diverged``, times) becomes a variable; ``wall_time`` is also summed up in
-    ``attrs``. Runs that are missing from the grid are NaN.
+    What differs from run to run in ``attrs`` (``diverged``, times) becomes a variable;
+    ``wall_time`` is also summed up in ``attrs``. Runs that are missing from the grid are NaN.
 
     Raises:
-        ValueError: If there are none, or they are of other data, of other copies of them, of other configurations or versions.
+        ValueError: If there are none, or they are of other data, of other copies of them, of other
+            configurations or versions.
     """
     listed = list(records)
     if not listed:
         raise ValueError("records must hold at least one, got none")
-    settings = [f for f in Experiment.__dataclass_fields__ if f not in ("initialization", "learning_rate")]
+    settings = [
+        f for f in Experiment.__dataclass_fields__ if f not in ("initialization", "learning_rate")
+    ]
     for name in (*settings, "source", "svlib", "torch"):
         if len(found := {str(np.asarray(record.attrs[name]).tolist()) for record in listed}) > 1:
             raise ValueError(f"records must agree in {name}, got {sorted(found)}")
@@ -597,10 +745,20 @@ def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
         record.assign_coords(layer=np.arange(1, record.sizes["layer"] + 1))
         .assign({name: record.attrs[name] for name in varying})
         .drop_attrs()
-        .expand_dims({name: [record.attrs[name]] for name in ("initialization", "learning_rate", "seed")})
+        .expand_dims(
+            {name: [record.attrs[name]] for name in ("initialization", "learning_rate", "seed")}
+        )
         for record in listed
     ]
     joined = xr.merge(parts, join="outer", compat="no_conflicts")
-    joined = joined.sel(initialization=[kind for kind in INITIALIZATIONS + VARIANTS if kind in joined.initialization])
-    common = {name: x for name, x in listed[0].attrs.items() if all(np.array_equal(x, r.attrs[name]) for r in listed)}
+    joined = joined.sel(
+        initialization=[
+            kind for kind in INITIALIZATIONS + VARIANTS if kind in joined.initialization
+        ]
+    )
+    common = {
+        name: x
+        for name, x in listed[0].attrs.items()
+        if all(np.array_equal(x, r.attrs[name]) for r in listed)
+    }
     return joined.assign_attrs(common | {"wall_time": float(joined.wall_time.sum())})

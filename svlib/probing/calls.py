@@ -1,6 +1,7 @@
 """The torch functions that a forward pass calls, and whose outputs each takes: what hooks on modules do not see.
 
-A record of calls is structure alone (which function, on what, and sizes of its constants); :mod:`svlib.explanation` reads it.
+A record of calls is structure alone (which function, on what, and sizes of its constants);
+:mod:`svlib.probing.explanation` reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ CONVOLUTIONS = frozenset(f"conv{kind}{d}d" for kind in ("", "_transpose") for d 
 WEIGHTED = CONVOLUTIONS | {"linear", "addmm"}
 # What moves entries and leaves them as they are
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"})
-MOVES = _RESHAPES | {"transpose", "permute", "movedim", "contiguous", "clone", "detach", "to", "float", "double", "get"}
+MOVES = _RESHAPES | {
+    "transpose",
+    "permute",
+    "movedim",
+    "contiguous",
+    "clone",
+    "detach",
+    "to",
+    "float",
+    "double",
+    "get",
+}
 NORMS = frozenset({"batch_norm", "layer_norm", "rms_norm"})
 FOLLOWED = WEIGHTED | MOVES | NORMS | {"relu", "leaky_relu", "dropout", "add", "mul"}
 
@@ -36,11 +48,12 @@ class Call:
     Attributes:
         function: Name; "input" for an input, with "add" and "mul" for their relatives.
         parents: Numbers of the calls whose outputs it took.
-        options: What a theory needs of its other arguments, mean squares (ending in ``2``) and squared means (in ``_mean2``) of
-            constants: of a weighted layer ``gain`` = fan-in times mean square weight, and the bias; of a normalization
-            gamma, beta and ``eps``, or its ``scale2`` and shift where it uses constants; of what is added or multiplied by,
-            with ``pattern`` if it differs from position to position; the ``slope`` of leaky ReLU; what dropout keeps;
-            m2, sigma2 and the squared mean over all where they were measured.
+        options: What a theory needs of its other arguments, mean squares (ending in ``2``) and
+            squared means (in ``_mean2``) of constants: of a weighted layer ``gain`` = fan-in times
+            mean square weight, and the bias; of a normalization gamma, beta and ``eps``, or its
+            ``scale2`` and shift where it uses constants; of what is added or multiplied by, with
+            ``pattern`` if it differs from position to position; the ``slope`` of leaky ReLU; what
+            dropout keeps; m2, sigma2 and the squared mean over all where they were measured.
         row: Name of the output's row in the table, if it has one.
         is_output: Whether it made the model's (first) output.
     """
@@ -69,9 +82,10 @@ class Recorder(TorchFunctionMode):
 
     Args:
         inputs: What the model is given; tensors anywhere in it.
-        measure: m2, sigma2 and the squared mean over all, mean2, of a tensor, or ``None``. Asked for
-            the operands of a sum that no formula follows.
-        on_call: Told the function's name, its output and whether it was computed (not only viewed), after every call.
+        measure: m2, sigma2 and the squared mean over all, mean2, of a tensor, or ``None``. Asked
+            for the operands of a sum that no formula follows.
+        on_call: Told the function's name, its output and whether it was computed (not only viewed),
+            after every call.
     """
 
     def __init__(
@@ -85,8 +99,8 @@ class Recorder(TorchFunctionMode):
         self._measure, self._on_call = measure, on_call
         self._number = WeakTensorKeyDictionary()
         self._known: list[bool] = []
-        # Weights (their storage) and inputs that a signal comes from, with none between: without a common one, signals are
-        # independent
+        # Weights (their storage) and inputs that a signal comes from, with none between: without a
+        # common one, signals are independent
         self._origins: list[frozenset[int]] = []
         self._units: list[int | None] = []
         for number, (_, x) in enumerate(tensors(inputs)):
@@ -135,15 +149,21 @@ class Recorder(TorchFunctionMode):
             if parents and y not in self._number:
                 self._add(Call(module, parents), y, known=False)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         name = getattr(function, "__name__", type(function).__name__).strip("_")
         made = [args[0]] if name == "setitem" else [y for _, y in tensors(output)]
-        given = [x for _, x in tensors((args, kwargs))] if made else []  # most calls only ask for a shape
+        given = (
+            [x for _, x in tensors((args, kwargs))] if made else []
+        )  # most calls only ask for a shape
         mine = [x for x in given if x in self._number]
         if mine:
-            inplace = any(output is x for x in given) and (function.__name__.endswith("_") or bool(kwargs.get("inplace")))
+            inplace = any(output is x for x in given) and (
+                function.__name__.endswith("_") or bool(kwargs.get("inplace"))
+            )
             with torch._C.DisableTorchFunction():  # other modes must not see what follows
                 self._note(name, mine, given, made, args, kwargs, inplace=inplace)
         return output
@@ -160,7 +180,9 @@ class Recorder(TorchFunctionMode):
         inplace: bool,
     ) -> None:
         call = self._call(name, mine, made[0], args, kwargs)
-        known = call.function in WEIGHTED or (call.function in FOLLOWED and all(self._known[n] for n in call.parents))
+        known = call.function in WEIGHTED or (
+            call.function in FOLLOWED and all(self._known[n] for n in call.parents)
+        )
         origins, units = None, None
         if name in WEIGHTED:
             weight = _argument(args, kwargs, *((2, "mat2") if name == "addmm" else (1, "weight")))
@@ -173,17 +195,25 @@ class Recorder(TorchFunctionMode):
                 if inplace or all(_storage(x) != storage for x in given):
                     self._on_call(name, y)
 
-    def _call(self, name: str, mine: list[torch.Tensor], output: torch.Tensor, args: Any, kwargs: Any) -> Call:
+    def _call(
+        self, name: str, mine: list[torch.Tensor], output: torch.Tensor, args: Any, kwargs: Any
+    ) -> Call:
         parents = tuple(self._number[x] for x in mine)
         beyond = ""
         options: dict[str, float] | None
         if name in _SUMS | _PRODUCTS | _QUOTIENTS:
             options = _constant(name, mine, args, kwargs, output)
             name = "add" if name in _SUMS else "mul"
-            if name == "add" and len(mine) == 2 and self._origins[parents[0]] & self._origins[parents[1]]:
+            if (
+                name == "add"
+                and len(mine) == 2
+                and self._origins[parents[0]] & self._origins[parents[1]]
+            ):
                 beyond = "add of dependent signals"
             elif name == "add" and len(mine) == 2:
-                parents = tuple(self._followed(number, x) for number, x in zip(parents, mine, strict=True))
+                parents = tuple(
+                    self._followed(number, x) for number, x in zip(parents, mine, strict=True)
+                )
         else:
             options = _options(name, args, kwargs)
         if name in WEIGHTED | {"layer_norm", "rms_norm"}:
@@ -192,7 +222,9 @@ class Recorder(TorchFunctionMode):
                 beyond = f"{name} with weights from the input"
             elif self._units[parents[0]] not in (None, x.shape[1 if name in CONVOLUTIONS else -1]):
                 beyond = f"{name} over positions"
-        merges = name in _RESHAPES and output.ndim == 2 < mine[0].ndim and len(output) == len(mine[0])
+        merges = (
+            name in _RESHAPES and output.ndim == 2 < mine[0].ndim and len(output) == len(mine[0])
+        )
         if merges and sum(size > 1 for size in mine[0].shape[1:]) > 1:
             beyond = "flatten of positions"
         if beyond or options is None:
@@ -227,7 +259,11 @@ def _options(name: str, args: Any, kwargs: Any) -> dict[str, float] | None:
         phases: dict[str, float] = {}
         if "transpose" in name:  # each output position sees 1/stride of the kernel
             stride, groups = argument(3, "stride", 1), argument(6, "groups", 1)
-            strides = math.prod(stride) if isinstance(stride, tuple | list) else stride ** (weight.ndim - 2)
+            strides = (
+                math.prod(stride)
+                if isinstance(stride, tuple | list)
+                else stride ** (weight.ndim - 2)
+            )
             fan_in = weight.shape[0] // groups * math.prod(weight.shape[2:]) / strides
             phases["phases"] = float(strides)
         return {"gain": fan_in * _mean_square(weight)} | _moments("bias", bias) | phases
@@ -237,28 +273,44 @@ def _options(name: str, args: Any, kwargs: Any) -> dict[str, float] | None:
         return {"keep": 1 - float(argument(1, "p", 0.5)) if argument(2, "training", True) else 1.0}
     if name == "batch_norm":
         mean, variance = argument(1, "running_mean"), argument(2, "running_var")
-        gamma, beta, eps = argument(3, "weight"), argument(4, "bias"), float(argument(7, "eps", 1e-5))
+        gamma, beta, eps = (
+            argument(3, "weight"),
+            argument(4, "bias"),
+            float(argument(7, "eps", 1e-5)),
+        )
         if argument(5, "training", False):
             positions = {"positions": 1.0} if argument(0, "input").ndim > 2 else {}
-            return {"gamma2": _mean_square(gamma, 1.0), "eps": eps} | _moments("beta", beta) | positions
+            return (
+                {"gamma2": _mean_square(gamma, 1.0), "eps": eps}
+                | _moments("beta", beta)
+                | positions
+            )
         scale = (1.0 if gamma is None else gamma.float()) / (variance.float() + eps).sqrt()
         shift = (0.0 if beta is None else beta.float()) - mean.float() * scale
         return {"scale2": _mean_square(scale)} | _moments("shift", shift)
     if name in NORMS:
         gamma, beta = argument(2, "weight"), argument(3, "bias") if name == "layer_norm" else None
-        eps = argument(4 if name == "layer_norm" else 3, "eps", 1e-5 if name == "layer_norm" else None)
-        return {"gamma2": _mean_square(gamma, 1.0), "eps": float(eps or 0.0)} | _moments("beta", beta)
+        eps = argument(
+            4 if name == "layer_norm" else 3, "eps", 1e-5 if name == "layer_norm" else None
+        )
+        return {"gamma2": _mean_square(gamma, 1.0), "eps": float(eps or 0.0)} | _moments(
+            "beta", beta
+        )
     return {}
 
 
-def _constant(name: str, mine: list[torch.Tensor], args: Any, kwargs: Any, output: torch.Tensor) -> dict[str, float] | None:
+def _constant(
+    name: str, mine: list[torch.Tensor], args: Any, kwargs: Any, output: torch.Tensor
+) -> dict[str, float] | None:
     """Of what is added or multiplied by; nothing where two signals are added; ``None`` where theory is silent."""
     if "alpha" in kwargs or "rounding_mode" in kwargs:
         return None
     if len(mine) == 2:
         return {} if name in _SUMS else None
     (constant,) = [x for x in (*args, *kwargs.values()) if x is not mine[0]][:1] or [None]
-    if not isinstance(constant, Real | torch.Tensor) or (name in _QUOTIENTS and constant is args[0]):
+    if not isinstance(constant, Real | torch.Tensor) or (
+        name in _QUOTIENTS and constant is args[0]
+    ):
         return None
     value = torch.as_tensor(constant)
     sizes = [1] * (output.ndim - value.ndim) + list(value.shape)

@@ -1,21 +1,24 @@
 r"""Read a table of :func:`svlib.probe`: what theory expects of this network, and a diagnosis in words.
 
-Theory follows three numbers through the calls that the probe recorded, in the limit of infinite width: the mean square q
-of a signal, its mean product r for two different inputs, and its squared mean u over units. Of preactivations
-:math:`q=\sigma^2`, :math:`r=m^2`, u = 0.
+Theory follows three numbers through the calls that the probe recorded, in the limit of infinite
+width: the mean square q of a signal, its mean product r for two different inputs, and its squared
+mean u over units. Of preactivations :math:`q=\sigma^2`, :math:`r=m^2`, u = 0.
 
-- Weights of fan-in n and mean square s, random and independent of the data, and biases of mean square b take (q, r) to
-  (n s q + b, n s r + b), and u to the squared mean of the biases.
-- Positions of a transposed convolution of stride s see one of s x s parts of the kernel: where positions count as samples, r is
-  divided by the number of parts.
-- (Leaky) ReLU of slope a, on a Gaussian signal, takes q to :math:`\frac{1+a^2}2q` and r/q to C(r/q), the correlation map.
-- BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)), before their scale and shift.
-- A sum of independent signals has (q + q', r + r'). Signals are independent if random weights lie between them and what they
-  have in common.
+- Weights of fan-in n and mean square s, random and independent of the data, and biases of mean
+  square b take (q, r) to (n s q + b, n s r + b), and u to the squared mean of the biases.
+- Positions of a transposed convolution of stride s see one of s x s parts of the kernel: where
+  positions count as samples, r is divided by the number of parts.
+- (Leaky) ReLU of slope a, on a Gaussian signal, takes q to :math:`\frac{1+a^2}2q` and r/q to
+  C(r/q), the correlation map.
+- BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)), before
+  their scale and shift.
+- A sum of independent signals has (q + q', r + r'). Signals are independent if random weights lie
+  between them and what they have in common.
 
-One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise and an approximation for
-data whose pairs differ. Where a call is beyond this (pooling, attention, other activations), theory starts again from the
-measured values of the next linear or convolutional layer.
+One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise
+and an approximation for data whose pairs differ. Where a call is beyond this (pooling, attention,
+other activations), theory starts again from the measured values of the next linear or convolutional
+layer.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from svlib.calls import MOVES, NORMS, WEIGHTED, Call
+from svlib.probing.calls import MOVES, NORMS, WEIGHTED, Call
 from svlib.theory import maps
 
 COLLAPSED = 0.1
@@ -76,8 +79,9 @@ class Explanation:
 
     Attributes:
         table: The table of :func:`svlib.probe`.
-        theory: For each of its rows ``name``, ``m2``, ``v2``, ``sigma2`` and ``v2_fraction`` expected (NaN where theory is
-            silent), and ``start``: empty, or why theory starts from the measured values at this row.
+        theory: For each of its rows ``name``, ``m2``, ``v2``, ``sigma2`` and ``v2_fraction``
+            expected (NaN where theory is silent), and ``start``: empty, or why theory starts from
+            the measured values at this row.
         findings: The diagnosis.
     """
 
@@ -100,8 +104,12 @@ class Explanation:
     def to_html(self, *, unfolded: bool) -> str:
         """The diagnosis as a list, and behind it :meth:`layers` as a table that folds."""
         escaped = ([html.escape(part) for part in finding] for finding in self.findings)
-        items = "".join(f"<li><b>{kind}</b>: {text} <i>{advice}</i></li>" for kind, text, advice in escaped)
-        table = self.layers().to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="")
+        items = "".join(
+            f"<li><b>{kind}</b>: {text} <i>{advice}</i></li>" for kind, text, advice in escaped
+        )
+        table = self.layers().to_html(
+            index=False, border=0, float_format="{:.3g}".format, na_rep=""
+        )
         head = f"<details{' open' if unfolded else ''}><summary>{len(self.table)} rows</summary>"
         return f'<ul>{items}</ul>\n{head}<div style="overflow-x: auto">{table}</div></details>'
 
@@ -109,11 +117,11 @@ class Explanation:
 def explain(table: pd.DataFrame) -> Explanation:
     """Say what theory expects of a probed network and what the measurement shows, with the numbers in it.
 
-    Thresholds are the constants of :mod:`svlib.explanation`.
+    Thresholds are the constants of :mod:`svlib.probing.explanation`.
 
     Args:
-        table: A table of :func:`svlib.probe`, whole: its ``attrs`` hold what theory follows. Without them (read from a
-            file, for example) there is a diagnosis without theory.
+        table: A table of :func:`svlib.probe`, whole: its ``attrs`` hold what theory follows.
+            Without them (read from a file, for example) there is a diagnosis without theory.
 
     Raises:
         TypeError: If ``table`` is not a DataFrame.
@@ -135,19 +143,29 @@ def explain(table: pd.DataFrame) -> Explanation:
     if table.empty:
         raise ValueError("table must have rows, got none")
     if "step" in table and table.step.nunique() > 1:
-        raise ValueError(f"table must be of one step, got {table.step.nunique()}: choose those rows of sv.Probe's table")
+        raise ValueError(
+            f"table must be of one step, got {table.step.nunique()}: choose those rows of sv.Probe's table"
+        )
     table = table.reset_index(drop=True)
     names, units = set(table.name), table.attrs.get("positions") == "units"
     calls = [_here(call, names, units) for call in table.attrs.get("calls", [])]
     theory, silent = _theory(table, calls)
     some = table[table.sigma2 > 0].reset_index(drop=True)
-    wrong = [*_zero(table), *(found for part in (_scale, _collapse, _dead) if len(some) for found in part(some, calls))]
+    wrong = [
+        *_zero(table),
+        *(found for part in (_scale, _collapse, _dead) if len(some) for found in part(some, calls)),
+    ]
     if len(some) and not wrong:
         lowest = int(some.v2_fraction.to_numpy().argmin())
         text = f"v²/σ² is nowhere below {some.v2_fraction[lowest]:.3g} ({some.name[lowest]!r}), "
         text += f"and σ² changes less than {SCALE:g} times{' between normalizations' if _normalized(calls) else ''}."
         wrong = [Finding("sound", text)]
-    rest = [found for part in (_dropout, _batchnorm, _gradients) if len(some) for found in part(some, calls)]
+    rest = [
+        found
+        for part in (_dropout, _batchnorm, _gradients)
+        if len(some)
+        for found in part(some, calls)
+    ]
     return Explanation(table, theory, (*wrong, *rest, *_agreement(table, theory, calls, silent)))
 
 
@@ -156,10 +174,16 @@ def _here(call: Call, names: set[str], units: bool) -> Call:
     if call.row not in names:
         call = replace(call, row=None)
     if not units:
-        return replace(call, function=f"{call.function} of a pattern over positions") if "pattern" in call.options else call
+        return (
+            replace(call, function=f"{call.function} of a pattern over positions")
+            if "pattern" in call.options
+            else call
+        )
     if "positions" in call.options:
         return replace(call, function="batch_norm over positions")
-    return replace(call, options=call.options | {"phases": 1.0})  # no two parts of a transposed convolution's kernel meet
+    return replace(
+        call, options=call.options | {"phases": 1.0}
+    )  # no two parts of a transposed convolution's kernel meet
 
 
 def follow(call: Call, before: list[Signal | None]) -> Signal | None:
@@ -171,14 +195,20 @@ def follow(call: Call, before: list[Signal | None]) -> Signal | None:
         return None
     (q, r, u), *others = [signal for signal in before if signal is not None]
     if call.function in WEIGHTED:
-        return Signal(o["gain"] * q + o["bias2"], o["gain"] * r / o.get("phases", 1.0) + o["bias2"], o["bias_mean2"])
+        return Signal(
+            o["gain"] * q + o["bias2"],
+            o["gain"] * r / o.get("phases", 1.0) + o["bias2"],
+            o["bias_mean2"],
+        )
     if call.function in MOVES:
         return Signal(q, r, u)
     if call.function in ("relu", "leaky_relu"):
         if q <= 0 or u > _GAUSSIAN * q:
             return None
         a = o.get("slope", 0.0)
-        rho = maps.correlation(min(1.0, max(-1.0, r / q)), activation="leaky_relu", negative_slope=a)
+        rho = maps.correlation(
+            min(1.0, max(-1.0, r / q)), activation="leaky_relu", negative_slope=a
+        )
         half = q * (1 + a**2) / 2
         return Signal(half, half * rho, q * (1 - a) ** 2 / (2 * math.pi))
     if call.function == "dropout":
@@ -188,7 +218,11 @@ def follow(call: Call, before: list[Signal | None]) -> Signal | None:
     if call.function in NORMS:
         removed = {"batch_norm": r, "layer_norm": u, "rms_norm": 0.0}[call.function]
         left = q - removed + o["eps"]
-        normal = Signal((q - removed) / left, (r - removed) / left, max(0.0, u - removed) / left) if left > 0 else None
+        normal = (
+            Signal((q - removed) / left, (r - removed) / left, max(0.0, u - removed) / left)
+            if left > 0
+            else None
+        )
         return normal and _affine(normal, o["gamma2"], o["beta2"], o["beta_mean2"])
     if call.function == "add" and len(call.parents) == 2:
         ((q2, r2, u2),) = others
@@ -209,23 +243,29 @@ def _affine(signal: Signal, scale2: float, shift2: float, shift_mean2: float) ->
 
 def has_batchnorm(calls: list[Call]) -> bool:
     """Whether BatchNorm normalizes by the batch anywhere, as it does in training mode."""
-    return any(call.function.startswith("batch_norm") and "gamma2" in call.options for call in calls)
+    return any(
+        call.function.startswith("batch_norm") and "gamma2" in call.options for call in calls
+    )
 
 
 def gradient_growth(calls: list[Call], *, batchnorm: bool = False) -> float:
     r"""Growth of squared gradients, input against output, of a network in which every unit has sample mean 0 and variance 1.
 
-    A factor :math:`\pi/(\pi-1)` per ReLU and weighted layer behind it, which makes up for what the ReLU takes (for a slope,
-    :func:`svlib.theory.maps.batchnorm_slope` at 1), multiplied along the way from input to output where it is least: skip
-    connections without weights do not count.
+    A factor :math:`\pi/(\pi-1)` per ReLU and weighted layer behind it, which makes up for what the
+    ReLU takes (for a slope, :func:`svlib.theory.maps.batchnorm_slope` at 1), multiplied along the
+    way from input to output where it is least: skip connections without weights do not count.
 
     Args:
         calls: Of a table of :func:`svlib.probe`.
         batchnorm: Count a layer only if BatchNorm in training mode follows it.
     """
-    ways: list[tuple[float, float, float]] = []  # growth; the factor of a ReLU no weights have followed; of one no norm has
+    ways: list[
+        tuple[float, float, float]
+    ] = []  # growth; the factor of a ReLU no weights have followed; of one no norm has
     for call in calls:
-        growth, behind_relu, behind_weights = min((ways[parent] for parent in call.parents), default=(1.0, 1.0, 1.0))
+        growth, behind_relu, behind_weights = min(
+            (ways[parent] for parent in call.parents), default=(1.0, 1.0, 1.0)
+        )
         if call.function in ("relu", "leaky_relu"):
             slope = call.options.get("slope", 0.0)
             behind_relu = maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=slope)
@@ -244,14 +284,21 @@ def _normalized(calls: list[Call]) -> bool:
 
 def _theory(table: pd.DataFrame, calls: list[Call]) -> tuple[pd.DataFrame, Counter[str]]:
     """The theory's table, and which calls made theory silent how often."""
-    sigma2, m2 = ({name: float(x) for name, x in zip(table.name, table[kind], strict=True)} for kind in ("sigma2", "m2"))
+    sigma2, m2 = (
+        {name: float(x) for name, x in zip(table.name, table[kind], strict=True)}
+        for kind in ("sigma2", "m2")
+    )
     signals: list[Signal | None] = []
     causes: list[str] = []
     expected: dict[str, tuple[Signal, str]] = {}
     for call in calls:
         before = [signals[parent] for parent in call.parents]
         found = follow(call, before)
-        own = f"{call.function} of what is not Gaussian" if call.function in ("relu", "leaky_relu") else call.function
+        own = (
+            f"{call.function} of what is not Gaussian"
+            if call.function in ("relu", "leaky_relu")
+            else call.function
+        )
         cause = next((causes[parent] for parent in call.parents if signals[parent] is None), own)
         if found is None and call.row is not None and (weighted := _weighted(call, calls)):
             found = Signal(sigma2[call.row], m2[call.row], weighted.options.get("bias_mean2", 0.0))
@@ -274,7 +321,9 @@ def _weighted(call: Call, calls: list[Call]) -> Call | None:
     """The call of a weighted layer that this is, or whose output it moves."""
     while call.function in MOVES:
         call = calls[call.parents[0]]
-    return call if call.function.split(" ")[0] in WEIGHTED else None  # "linear over positions", for example
+    return (
+        call if call.function.split(" ")[0] in WEIGHTED else None
+    )  # "linear over positions", for example
 
 
 def _zero(table: pd.DataFrame) -> list[Finding]:
@@ -282,7 +331,13 @@ def _zero(table: pd.DataFrame) -> list[Finding]:
     if not names:
         return []
     text = f"σ² is 0 at {names[0]!r}{f' and {len(names) - 1} other rows' if names[1:] else ''}."
-    return [Finding("no signal", text, "Last layers set to 0 on purpose are no fault; others pass nothing on.")]
+    return [
+        Finding(
+            "no signal",
+            text,
+            "Last layers set to 0 on purpose are no fault; others pass nothing on.",
+        )
+    ]
 
 
 def _scale(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
@@ -316,13 +371,25 @@ def _collapse(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
         return []
     if row == 0:
         text = f"at the first layer v²/σ² is {fractions[0]:.2g}"
-        bias2 = next((call.options.get("bias2", 0.0) for call in calls if call.row == names[0]), 0.0)
+        bias2 = next(
+            (call.options.get("bias2", 0.0) for call in calls if call.row == names[0]), 0.0
+        )
         if bias2 > BIAS * table.m2[0]:
             return [
-                Finding("collapse", f"{text}: its bias is larger than what the inputs make of it.", "Start with biases of 0.")
+                Finding(
+                    "collapse",
+                    f"{text}: its bias is larger than what the inputs make of it.",
+                    "Start with biases of 0.",
+                )
             ]
         text += ": the inputs are nearly alike, or have a large mean."
-        return [Finding("collapse", text, "Subtract the mean of the inputs over the data before anything else.")]
+        return [
+            Finding(
+                "collapse",
+                text,
+                "Subtract the mean of the inputs over the data before anything else.",
+            )
+        ]
     where = f"to {fractions[row]:.2g} at {names[row]!r} (row {row + 1} of {len(names)})"
     text = f"v²/σ² falls from {fractions[0]:.2g} at {names[0]!r} {where}"
     lowest = int(fractions.argmin())
@@ -331,12 +398,8 @@ def _collapse(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
         ratio = table.ratio.iloc[-1]
         text += f"The last row has {fractions[-1]:.2g}, m/v = {ratio:.2g}: the sample mean takes over, inputs look alike."
     else:
-        text += (
-            f"In all {int((fractions < COLLAPSED).sum())} rows are below {COLLAPSED}; the last is not ({fractions[-1]:.2g})."
-        )
-    advice = (
-        "sv.init.sample_ removes the means; so does BatchNorm. Rescaling alone (sv.init.total_) does not undo what ReLU does; "
-    )
+        text += f"In all {int((fractions < COLLAPSED).sum())} rows are below {COLLAPSED}; the last is not ({fractions[-1]:.2g})."
+    advice = "sv.init.sample_ removes the means; so does BatchNorm. Rescaling alone (sv.init.total_) does not undo what ReLU does; "
     advice += "it helps where biases or tokens outweigh a signal that has faded."
     return [Finding("collapse", text, advice)]
 
@@ -346,10 +409,16 @@ def _dead(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
     for call in calls:
         if call.function == "relu":
             source = calls[call.parents[0]]
-            while source.row is None and (source.function in MOVES | {"dropout"} or source.function.startswith("max_pool")):
+            while source.row is None and (
+                source.function in MOVES | {"dropout"} or source.function.startswith("max_pool")
+            ):
                 source = calls[source.parents[0]]
             feeds.add(source.row)
-    dead = {name: float(fraction) for name, fraction in zip(table.name, table.dead, strict=True) if name in feeds}
+    dead = {
+        name: float(fraction)
+        for name, fraction in zip(table.name, table.dead, strict=True)
+        if name in feeds
+    }
     many = [name for name, fraction in dead.items() if fraction > DEAD]
     if not many:
         return []
@@ -364,7 +433,11 @@ def _dropout(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
     if not any(call.function == "dropout" and call.options["keep"] < 1 for call in calls):
         return []
     return [
-        Finding("dropout", "is active, and its noise counts as variance over inputs.", "Measure in evaluation mode as well.")
+        Finding(
+            "dropout",
+            "is active, and its noise counts as variance over inputs.",
+            "Measure in evaluation mode as well.",
+        )
     ]
 
 
@@ -384,24 +457,44 @@ def _gradients(table: pd.DataFrame, calls: list[Call]) -> list[Finding]:
         return []
     means = "sample means of 0" if centred else "BatchNorm"
     text = f"with {means} squared gradients grow backwards from ReLU layer to ReLU layer, here some {growth:.0e} times in all."
-    return [Finding("gradients", text, "Residual connections or smaller learning rates help; see sv.probe_gradients.")]
+    return [
+        Finding(
+            "gradients",
+            text,
+            "Residual connections or smaller learning rates help; see sv.probe_gradients.",
+        )
+    ]
 
 
-def _agreement(table: pd.DataFrame, theory: pd.DataFrame, calls: list[Call], silent: Counter[str]) -> list[Finding]:
+def _agreement(
+    table: pd.DataFrame, theory: pd.DataFrame, calls: list[Call], silent: Counter[str]
+) -> list[Finding]:
     if not calls:
         return [
             Finding(
-                "theory", "none, for the table has no record of the network's calls, as one read from a file or of sv.Probe."
+                "theory",
+                "none, for the table has no record of the network's calls, as one read from a file or of sv.Probe.",
             )
         ]
-    predicted = [row for row, start in enumerate(theory.start) if start == "" and table.sigma2[row] > 0]
+    predicted = [
+        row for row, start in enumerate(theory.start) if start == "" and table.sigma2[row] > 0
+    ]
     causes = ", ".join(f"{cause} ({count})" for cause, count in silent.most_common(4))
     if not predicted:
         return [Finding("theory", f"follows no row; it stops at {causes or 'the first'}.")]
-    names, expected, found = table.name.tolist(), theory.v2_fraction.to_numpy(), table.v2_fraction.to_numpy()
-    last, worst = predicted[-1], max(predicted, key=lambda row: abs(float(expected[row] - found[row])))
+    names, expected, found = (
+        table.name.tolist(),
+        theory.v2_fraction.to_numpy(),
+        table.v2_fraction.to_numpy(),
+    )
+    last, worst = (
+        predicted[-1],
+        max(predicted, key=lambda row: abs(float(expected[row] - found[row]))),
+    )
     text = f"follows {len(predicted)} of {len(table)} rows{f'; it starts anew behind {causes}' if causes else ''}. "
-    text += f"At {names[last]!r} it expects v²/σ² = {expected[last]:.2g}, measured {found[last]:.2g}."
+    text += (
+        f"At {names[last]!r} it expects v²/σ² = {expected[last]:.2g}, measured {found[last]:.2g}."
+    )
     if abs(expected[worst] - found[worst]) <= DEVIATION:
         return [Finding("theory", text)]
     text += f" They differ most at {names[worst]!r}: expected {expected[worst]:.2g}, measured {found[worst]:.2g}."

@@ -1,16 +1,18 @@
 r"""Measure m^2 and v^2 in any torch model, layer by layer in execution order, and leave no trace.
 
-Which axes mean what. The inputs of a batch lie along the first dimension. Units are the channels of convolutions,
-pooling, batch and group normalization (dimension 1), and the features of linear layers (the last dimension). Other outputs
-take after the last output of the same shape; without one, those of more than three dimensions have their units along
-dimension 1, others along the last. What is left are positions: pixels, tokens. With :math:`y_{aup}` the output for
-input a, unit u, position p,
+Which axes mean what. The inputs of a batch lie along the first dimension. Units are the channels of
+convolutions, pooling, batch and group normalization (dimension 1), and the features of linear
+layers (the last dimension). Other outputs take after the last output of the same shape; without
+one, those of more than three dimensions have their units along dimension 1, others along the last.
+What is left are positions: pixels, tokens. With :math:`y_{aup}` the output for input a, unit u,
+position p,
 
-- ``positions="samples"`` counts positions as samples, though not as independent ones: :math:`m^2` is the mean over u
-  and over pairs of different inputs of :math:`\bar y_{au}\bar y_{bu}`, where :math:`\bar y_{au}` is the mean over p,
-  and :math:`v^2=\overline{y^2}-m^2`;
-- ``positions="units"`` keeps them apart: every pair (u, p) is a unit, and :math:`m^2` is the mean of
-  :math:`y_{aup}y_{bup}`. A pattern over positions that all inputs share then counts as mean, not as variance.
+- ``positions="samples"`` counts positions as samples, though not as independent ones: :math:`m^2`
+  is the mean over u and over pairs of different inputs of :math:`\bar y_{au}\bar y_{bu}`, where
+  :math:`\bar y_{au}` is the mean over p, and :math:`v^2=\overline{y^2}-m^2`;
+- ``positions="units"`` keeps them apart: every pair (u, p) is a unit, and :math:`m^2` is the mean
+  of :math:`y_{aup}y_{bup}`. A pattern over positions that all inputs share then counts as mean, not
+  as variance.
 
 Without positions the two agree.
 """
@@ -37,8 +39,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from svlib import _check
 from svlib._random import stream
-from svlib.calls import Call, Recorder, tensors
 from svlib.moments import Moments
+from svlib.probing.calls import Call, Recorder, tensors
 
 Layer = nn.Linear | _ConvNd
 Layers = str | Sequence[str | type[nn.Module]] | None
@@ -61,7 +63,9 @@ class MergedInputsError(ValueError):
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer is linear with a weight (in, out), as ``transformers``' ``Conv1D`` (which is no convolution)."""
-    return type(layer).__name__ == "Conv1D" and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
+    return (
+        type(layer).__name__ == "Conv1D" and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
+    )
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -79,9 +83,15 @@ def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, Layer) or is_transposed(layer)}
+    layers = {
+        name: layer
+        for name, layer in named_modules(model)
+        if isinstance(layer, Layer) or is_transposed(layer)
+    }
     if not layers:
-        raise ValueError(f"model must have a linear or convolutional layer, got {type(model).__name__} with none")
+        raise ValueError(
+            f"model must have a linear or convolutional layer, got {type(model).__name__} with none"
+        )
     return cast(dict[str, Layer], layers)
 
 
@@ -90,19 +100,27 @@ def dimensions(
 ) -> tuple[int, int, tuple[int, ...]]:
     """(sample, unit, position) dimensions of an output, as :func:`svlib.decompose` takes them.
 
-    ``unit`` is that of an earlier output of this shape: what neither sets its own axes nor changes the shape keeps them.
+    ``unit`` is that of an earlier output of this shape: what neither sets its own axes nor changes
+    the shape keeps them.
 
     Raises:
-        MergedInputsError: If the output does not have the ``inputs`` of the batch along its first dimension.
+        MergedInputsError: If the output does not have the ``inputs`` of the batch along its first
+            dimension.
         ValueError: If a convolution's output has no dimension for them.
     """
     shape = tuple(y.shape)
     if isinstance(layer, _ConvNd) and y.ndim != layer.weight.ndim:
-        raise ValueError(f"layer {name!r} must see a batch (inputs, channels, positions...), its output has shape {shape}")
+        raise ValueError(
+            f"layer {name!r} must see a batch (inputs, channels, positions...), its output has shape {shape}"
+        )
     if y.ndim < 2:
-        raise ValueError(f"layer {name!r} must see a batch (inputs, features), its output has shape {shape}")
+        raise ValueError(
+            f"layer {name!r} must see a batch (inputs, features), its output has shape {shape}"
+        )
     if len(y) != inputs:
-        raise MergedInputsError(f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}")
+        raise MergedInputsError(
+            f"layer {name!r} must keep the {inputs} inputs of a batch apart, its output has shape {shape}"
+        )
     pooled = "pool" in (name.split("/")[-1] if layer is None else type(layer).__name__).lower()
     images = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1
     if pooled or images or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
@@ -116,19 +134,28 @@ def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
     """What to call the model with, batch by batch, in copies. See :func:`probe` for what is accepted.
 
     Raises:
-        TypeError: If ``batches`` is something else, or of another floating type than the model's first parameter.
+        TypeError: If ``batches`` is something else, or of another floating type than the model's
+            first parameter.
         ValueError: If a tensor has no dimension, or the first of real numbers is not finite.
     """
     device, dtype = _place(model)
     if isinstance(batches, torch.Tensor | Mapping | tuple):
         batches = (batches,)
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
-        raise TypeError(f"batches must be a tensor or an iterable of tensors, tuples or dicts, got {type(batches).__name__}")
+        raise TypeError(
+            f"batches must be a tensor or an iterable of tensors, tuples or dicts, got {type(batches).__name__}"
+        )
     for batch in batches:
         if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Mapping):
             batch = batch[0]  # the rest are labels
         kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-        listed = [] if isinstance(batch, Mapping) else list(batch) if isinstance(batch, tuple | list) else [batch]
+        listed = (
+            []
+            if isinstance(batch, Mapping)
+            else list(batch)
+            if isinstance(batch, tuple | list)
+            else [batch]
+        )
         args = tuple(listed[: _positional(model)])
         found = [x for _, x in tensors((args, kwargs))]
         if not found or (args and not isinstance(args[0], torch.Tensor)):
@@ -136,12 +163,20 @@ def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
             raise TypeError(f"{message}, got {type(batch).__name__}")
         for x in found:
             if x.ndim == 0:
-                raise ValueError("batches must have the inputs along their first dimension, got a tensor without dimensions")
-            if x.is_floating_point() and dtype not in (None, x.dtype) and not torch.is_autocast_enabled(device.type):
+                raise ValueError(
+                    "batches must have the inputs along their first dimension, got a tensor without dimensions"
+                )
+            if (
+                x.is_floating_point()
+                and dtype not in (None, x.dtype)
+                and not torch.is_autocast_enabled(device.type)
+            ):
                 raise TypeError(f"batches must be of the model's {dtype}, got {x.dtype}")
         for x in [x for x in found if x.is_floating_point()][:1]:
             _check.floating("batches", x)  # others may be masks with infinities
-        args, kwargs = mapped(lambda x: x.detach().to(device, copy=True), (args, kwargs))  # for models that change them
+        args, kwargs = mapped(
+            lambda x: x.detach().to(device, copy=True), (args, kwargs)
+        )  # for models that change them
         yield Batch(args, kwargs, len(found[0]))
 
 
@@ -149,7 +184,9 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """Device of a model and floating type of its weights, ``None`` if it has none."""
     everything = [*model.parameters(), *model.buffers()]
     if any(map(nn.parameter.is_lazy, everything)):
-        raise ValueError("model must have all its parameters, got lazy ones: run a batch through it first")
+        raise ValueError(
+            "model must have all its parameters, got lazy ones: run a batch through it first"
+        )
     if any(x.is_meta for x in everything):
         raise ValueError("model must hold numbers, got parameters or buffers on the meta device")
     held = [x for x in everything if x.is_floating_point()]
@@ -165,7 +202,13 @@ def _positional(model: nn.Module) -> int | None:
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
-    return max(1, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters))
+    return max(
+        1,
+        sum(
+            p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+            for p in parameters
+        ),
+    )
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -197,13 +240,24 @@ def same_generators(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model without gradients and uncompiled, on copies of its buffers; afterwards, also after an error, it has its
     own (BatchNorm's running statistics), and the generators of random numbers are as before."""
-    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]  # have no dictionary
-    own_values = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)]
+    scripted = [
+        module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)
+    ]  # have no dictionary
+    own_values = [
+        (buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)
+    ]
     modules = [module for module in model.modules() if module not in scripted]
-    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in modules]
+    buffers = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
+        for module in modules
+    ]
     copies: dict[int, torch.Tensor] = {}
     # hooks inside a compiled model do not run
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    eager = (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else nullcontext()
+    )
     fast = torch.backends.mha.get_fastpath_enabled()  # which would go round layers, and their hooks
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -245,7 +299,9 @@ def hooked(layers: Mapping[str, nn.Module], on_output: OnOutput) -> Iterator[Non
 class _Row:
     """What accumulates for one row of the table."""
 
-    def __init__(self, kind: str, y: torch.Tensor, dims: tuple[int, int, tuple[int, ...]], positions: str) -> None:
+    def __init__(
+        self, kind: str, y: torch.Tensor, dims: tuple[int, int, tuple[int, ...]], positions: str
+    ) -> None:
         self.kind, self.shape, self._flat = kind, tuple(y.shape[1:]), positions == "units"
         self.moments = Moments(*((0, 1, ()) if self._flat else dims))
 
@@ -266,15 +322,23 @@ class _Table:
     """Rows in execution order, gathered over batches, and the calls of the first batch. Not ``strict``, it goes on where
     numbers are not finite, and spares itself the calls that only theory needs."""
 
-    def __init__(self, model: nn.Module, layers: Layers, positions: str, *, strict: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers, positions: str, *, strict: bool = True
+    ) -> None:
         _check.choice("positions", positions, POSITIONS)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._model, self._positions, self._strict = model, positions, strict
         self._chosen = _selection(layers)
         scripted = torch.jit.ScriptModule  # its modules take no hooks
-        self._modules = {name: module for name, module in named_modules(model) if not isinstance(module, scripted)}
-        self._hooked: Mapping[str, nn.Module] = weighted_layers(model) if layers is None else self._modules
+        self._modules = {
+            name: module
+            for name, module in named_modules(model)
+            if not isinstance(module, scripted)
+        }
+        self._hooked: Mapping[str, nn.Module] = (
+            weighted_layers(model) if layers is None else self._modules
+        )
         self._rows: dict[str, _Row] = {}
         self._calls: list[Call] = []
         self._counts: Counter[str] = Counter()
@@ -282,10 +346,14 @@ class _Table:
         self._last: torch.Tensor | None = None
         self._recorder: Recorder | None = None
         self._inputs = 0
-        self._units: dict[tuple[int, ...], int] = {}  # dimension of units by shape, of the last output
+        self._units: dict[
+            tuple[int, ...], int
+        ] = {}  # dimension of units by shape, of the last output
         self._left_out: dict[str, ValueError] = {}
 
-    def _record(self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor, called: str = "") -> None:
+    def _record(
+        self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor, called: str = ""
+    ) -> None:
         """One more output of this name; ``called``, another name that it may be chosen by."""
         self._counts[name] += 1
         row = row_name(name, self._counts[name])
@@ -330,13 +398,19 @@ class _Table:
         with torch._C.DisableTorchFunction():
             self._recorder.passed(type(module).__name__, given, output)
             for where, y in tensors(output):
-                seen = not _from_torch(module) and self._last is not None and _same_entries(y, self._last)
+                seen = (
+                    not _from_torch(module)
+                    and self._last is not None
+                    and _same_entries(y, self._last)
+                )
                 if self._recorder.knows(y) and self._has_row(y) and not seen:
                     self._record(name + where, module, type(module).__name__, y, name)
 
     def _after_call(self, function: str, y: torch.Tensor) -> None:
         name, module = self._stack[-1]
-        if not _from_torch(module) and self._has_row(y):  # a module of torch's own has its row as a whole
+        if not _from_torch(module) and self._has_row(
+            y
+        ):  # a module of torch's own has its row as a whole
             self._record(f"{name}/{function}".lstrip("/"), None, function, y)
 
     def returned(self, output: Any) -> None:
@@ -350,13 +424,19 @@ class _Table:
     def _measure(self, y: torch.Tensor) -> dict[str, float] | None:
         if not self._has_row(y) or self._inputs < 2:
             return None
-        row = _Row("", y, dimensions("", None, y, self._inputs, self._units.get(y.shape)), self._positions)
+        row = _Row(
+            "", y, dimensions("", None, y, self._inputs, self._units.get(y.shape)), self._positions
+        )
         try:
             row.update(y)
         except _check.NotFiniteError:  # a mask
             return None
         found = row.moments.result()
-        return {"m2": float(found.m2), "sigma2": float(found.sigma2), "mean2": float(found.mean.mean()) ** 2}
+        return {
+            "m2": float(found.m2),
+            "sigma2": float(found.sigma2),
+            "mean2": float(found.mean.mean()) ** 2,
+        }
 
     @contextmanager
     def watching(self, given: Any, inputs: int) -> Iterator[None]:
@@ -370,9 +450,13 @@ class _Table:
                 if everything:
                     for name, module in self._modules.items():
                         if module is not self._model:
-                            before = module.register_forward_pre_hook(partial(self._before_module, name))
+                            before = module.register_forward_pre_hook(
+                                partial(self._before_module, name)
+                            )
                             stack.callback(before.remove)
-                        after = module.register_forward_hook(partial(self._after_module, name), always_call=True)
+                        after = module.register_forward_hook(
+                            partial(self._after_module, name), always_call=True
+                        )
                         stack.callback(after.remove)
                 else:
                     stack.enter_context(hooked(self._hooked, self._after_layer))
@@ -400,8 +484,12 @@ class _Table:
             raise ValueError(f"model must call {asked}, got none called")
         if self._hooked is not self._modules:
             seen = {*self._rows, *self._left_out}
-            self._warn([name for name in self._hooked if name not in seen], "were not called as modules")
-        merged = [name for name, error in self._left_out.items() if isinstance(error, MergedInputsError)]
+            self._warn(
+                [name for name in self._hooked if name not in seen], "were not called as modules"
+            )
+        merged = [
+            name for name, error in self._left_out.items() if isinstance(error, MergedInputsError)
+        ]
         self._warn(merged, f"merge the {self._inputs} inputs of a batch with their positions")
         self._warn([name for name in self._left_out if name not in merged], "are not finite")
         table = pd.DataFrame([{"name": name, **row.values()} for name, row in self._rows.items()])
@@ -413,7 +501,9 @@ class _Table:
     def _warn(self, names: list[str], reason: str) -> None:
         if names:
             some = f"{', '.join(names[:5])}{', ...' if names[5:] else ''}"
-            warnings.warn(f"{len(names)} outputs have no row, for they {reason}: {some}", stacklevel=4)
+            warnings.warn(
+                f"{len(names)} outputs have no row, for they {reason}: {some}", stacklevel=4
+            )
 
 
 def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
@@ -421,16 +511,26 @@ def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
     if layers is None or (isinstance(layers, str) and layers == "all"):
         return lambda name, module: True
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be None, 'all' or a list of names and module types, got {layers!r}")
+        raise TypeError(
+            f"layers must be None, 'all' or a list of names and module types, got {layers!r}"
+        )
     listed = list(layers)
-    wrong = [x for x in listed if not isinstance(x, str) and not (isinstance(x, type) and issubclass(x, nn.Module))]
+    wrong = [
+        x
+        for x in listed
+        if not isinstance(x, str) and not (isinstance(x, type) and issubclass(x, nn.Module))
+    ]
     if wrong or not listed:
-        raise TypeError(f"layers must hold names (with * as a wildcard) or module types, got {wrong or listed}")
+        raise TypeError(
+            f"layers must hold names (with * as a wildcard) or module types, got {wrong or listed}"
+        )
     patterns = [x for x in listed if isinstance(x, str)]
     types = tuple(x for x in listed if isinstance(x, type))
 
     def chosen(name: str, module: nn.Module | None) -> bool:
-        return isinstance(module, types) or any(name == x or (name and fnmatchcase(name, x)) for x in patterns)
+        return isinstance(module, types) or any(
+            name == x or (name and fnmatchcase(name, x)) for x in patterns
+        )
 
     return chosen
 
@@ -445,41 +545,48 @@ def _same_entries(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
 
 
-def probe(model: nn.Module, batches: Any, *, layers: Layers = None, positions: str = "samples") -> pd.DataFrame:
+def probe(
+    model: nn.Module, batches: Any, *, layers: Layers = None, positions: str = "samples"
+) -> pd.DataFrame:
     """Measure the decomposition of a model's outputs, in execution order.
 
-    The model runs in the mode it is in (in training mode BatchNorm normalizes by the batch, and the noise of dropout counts
-    as variance), without gradients, one pass over the batches, in memory that does not grow with their number. A compiled
-    model is run uncompiled.
+    The model runs in the mode it is in (in training mode BatchNorm normalizes by the batch, and the
+    noise of dropout counts as variance), without gradients, one pass over the batches, in memory
+    that does not grow with their number. A compiled model is run uncompiled.
 
     Args:
         model: Any module.
-        batches: A tensor of inputs, a tuple of arguments or a dictionary of them by name, or an iterable of such (a
-            ``DataLoader``; a list is one of batches). Of a tuple, as many items are taken as ``forward`` requires by
-            position, at least the first, or the first alone if it is a dictionary: the rest are labels. Each is moved to the
-            model's device; inputs lie along the first dimension (set ``batch_first`` where a module asks). Padding counts as
+        batches: A tensor of inputs, a tuple of arguments or a dictionary of them by name, or an
+            iterable of such (a ``DataLoader``; a list is one of batches). Of a tuple, as many items
+            are taken as ``forward`` requires by position, at least the first, or the first alone if
+            it is a dictionary: the rest are labels. Each is moved to the model's device; inputs lie
+            along the first dimension (set ``batch_first`` where a module asks). Padding counts as
             positions.
-        layers: ``None``: the outputs of linear and convolutional layers (``transformers``' ``Conv1D`` too). "all": those of
-            every module and of every torch function called in modules not of torch's own (``torch.relu``, ``+``), as far
-            as they keep the inputs apart; views have no row. A list selects of these by name, "*" being a wildcard, or
-            by module type.
-        positions: "samples" or "units": what positions count as, see :mod:`svlib.probing`.
+        layers: ``None``: the outputs of linear and convolutional layers (``transformers``'
+            ``Conv1D`` too). "all": those of every module and of every torch function called in
+            modules not of torch's own (``torch.relu``, ``+``), as far as they keep the inputs
+            apart; views have no row. A list selects of these by name, "*" being a wildcard, or by
+            module type.
+        positions: "samples" or "units": what positions count as, see :mod:`svlib.probing.probe`.
 
     Returns:
-        One row per call: ``name`` (a second call has " (2)" behind it; the function called, behind a slash), ``type``,
-        ``shape`` of one input's output, ``m2``, ``v2``, ``sigma2``, ``v2_fraction`` = v^2/sigma^2, ``ratio`` = m/v,
-        ``dead`` (fraction of units never positive on the data: a ReLU after them passes nothing), ``inputs`` and
-        ``v2_to_previous`` = v^2 over that of the row before. In ``attrs["calls"]``, what :func:`svlib.explain` reads.
+        One row per call: ``name`` (a second call has " (2)" behind it; the function called, behind
+        a slash), ``type``, ``shape`` of one input's output, ``m2``, ``v2``, ``sigma2``,
+        ``v2_fraction`` = v^2/sigma^2, ``ratio`` = m/v, ``dead`` (fraction of units never positive
+        on the data: a ReLU after them passes nothing), ``inputs`` and ``v2_to_previous`` = v^2 over
+        that of the row before. In ``attrs["calls"]``, what :func:`svlib.explain` reads.
 
     Raises:
-        TypeError: If ``model`` is not a module, ``batches`` holds no tensors or of another floating type, or ``layers`` is
-            not as above.
-        ValueError: If there are fewer than two inputs, nothing that is asked for is called, an output is not finite (the layer
-            is named) or none keeps the inputs apart along its first dimension.
+        TypeError: If ``model`` is not a module, ``batches`` holds no tensors or of another floating
+            type, or ``layers`` is not as above.
+        ValueError: If there are fewer than two inputs, nothing that is asked for is called, an
+            output is not finite (the layer is named) or none keeps the inputs apart along its first
+            dimension.
 
     Warns:
-        UserWarning: If weighted layers have no row, for they are not called as modules, or merge inputs with their positions
-            (the windows of a Swin transformer), or if a function's output has none, for it is not finite (masked scores).
+        UserWarning: If weighted layers have no row, for they are not called as modules, or merge
+            inputs with their positions (the windows of a Swin transformer), or if a function's
+            output has none, for it is not finite (masked scores).
 
     Examples:
         >>> import torch
@@ -502,9 +609,10 @@ def probe(model: nn.Module, batches: Any, *, layers: Layers = None, positions: s
 class Probe:
     """Probe a model inside a training loop, every few steps, from the batches that it trains on.
 
-    A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not counted. Between the
-    steps that are measured the model runs as if nothing were there. A batch of one input is not measured, and outputs that
-    are not finite have no row and a warning: a run that diverges goes on.
+    A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not
+    counted. Between the steps that are measured the model runs as if nothing were there. A batch of
+    one input is not measured, and outputs that are not finite have no row and a warning: a run that
+    diverges goes on.
 
     Args:
         model: Any module, neither compiled nor called through a compiled wrapper.
@@ -513,9 +621,10 @@ class Probe:
         positions: As in :func:`probe`.
 
     Raises:
-        TypeError: If ``model`` is not a module or is compiled, ``every`` is not an integer or ``layers`` is not as in
-            :func:`probe`.
-        ValueError: If ``every`` is below 1, ``positions`` is unknown, or ``layers`` is None and there is no weighted layer.
+        TypeError: If ``model`` is not a module or is compiled, ``every`` is not an integer or
+            ``layers`` is not as in :func:`probe`.
+        ValueError: If ``every`` is below 1, ``positions`` is unknown, or ``layers`` is None and
+            there is no weighted layer.
 
     Examples:
         >>> import torch
@@ -527,20 +636,31 @@ class Probe:
         ([0, 10, 20], [16, 16, 16])
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 1, layers: Layers = None, positions: str = "samples") -> None:
+    def __init__(
+        self, model: nn.Module, *, every: int = 1, layers: Layers = None, positions: str = "samples"
+    ) -> None:
         self._every = _check.integer("every", every)
-        layers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+        layers = (
+            list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+        )
         self._new = partial(_Table, model, layers, positions, strict=False)
         self._new()  # what is wrong shows now
-        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
-            raise TypeError(f"model must not be compiled, or hooks inside do not run, got {type(model).__name__}")
+        if any(
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+            for module in model.modules()
+        ):
+            raise TypeError(
+                f"model must not be compiled, or hooks inside do not run, got {type(model).__name__}"
+            )
         self._model, self._steps = model, 0
         self._frames: list[pd.DataFrame] = []
         self._hooks = ExitStack()
         self._measuring = ExitStack()
 
     def __enter__(self) -> Probe:
-        self._hooks.callback(self._model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+        self._hooks.callback(
+            self._model.register_forward_pre_hook(self._before, with_kwargs=True).remove
+        )
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -572,7 +692,10 @@ class Probe:
 
         self._measuring.close()
         self._measuring.enter_context(table.watching((args, kwargs), inputs))
-        for hook, always in ((keep, False), (close, True)):  # the last hooks of the model, the second also where it raises
+        for hook, always in (
+            (keep, False),
+            (close, True),
+        ):  # the last hooks of the model, the second also where it raises
             self._measuring.callback(model.register_forward_hook(hook, always_call=always).remove)
 
 
@@ -584,13 +707,16 @@ def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame
     Args:
         model: Any module with linear or convolutional layers.
         inputs: One batch, as :func:`probe` takes it.
-        seed: Seed of the vector at the output (the first floating-point tensor in it, if there are several).
+        seed: Seed of the vector at the output (the first floating-point tensor in it, if there are
+            several).
 
     Returns:
-        ``name``, ``gradient2`` (relative to the last row), ``growth`` (factor from the next row to this one, NaN in the last).
+        ``name``, ``gradient2`` (relative to the last row), ``growth`` (factor from the next row to
+        this one, NaN in the last).
 
     Raises:
-        TypeError: If ``model`` is not a module, ``inputs`` not a batch or the output holds no floating-point tensor.
+        TypeError: If ``model`` is not a module, ``inputs`` not a batch or the output holds no
+            floating-point tensor.
         ValueError: If ``seed`` is negative, ``inputs`` not finite or no weighted layer is called.
 
     Examples:
@@ -620,7 +746,9 @@ def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame
         output = model(*batch.args, **batch.kwargs)
         y = next((y for _, y in tensors(output) if y.is_floating_point()), None)
         if y is None:
-            raise TypeError(f"model must return a floating-point tensor, got {type(output).__name__} with none")
+            raise TypeError(
+                f"model must return a floating-point tensor, got {type(output).__name__} with none"
+            )
         if not outputs:
             raise ValueError("model must call a weighted layer, got none called")
         direction = torch.randn(y.shape, generator=generator).to(y)
@@ -628,7 +756,13 @@ def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame
         gradients = torch.autograd.grad(y, places, direction, materialize_grads=True)
     squares = pd.Series([float(gradient.double().square().mean()) for gradient in gradients])
     growth = squares / squares.shift(-1)
-    return pd.DataFrame({"name": [name for name, _ in outputs], "gradient2": squares / squares.iloc[-1], "growth": growth})
+    return pd.DataFrame(
+        {
+            "name": [name for name, _ in outputs],
+            "gradient2": squares / squares.iloc[-1],
+            "growth": growth,
+        }
+    )
 
 
 def row_name(name: str, call: int) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from svlib import explanation as reading
 from svlib import plot
+from svlib.probing import explanation as reading
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -21,29 +21,16 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }}
-h1, dd {{ overflow-wrap: anywhere; }} figure {{ margin: 0; }} svg {{ max-width: 100%; height: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ border: 0; border-bottom: 1px solid #8080804d; padding: .2rem .7rem; text-align: left; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{summary}</p>
-<figure role="img" aria-label="m, v and sigma by layer, in the order of the table below; pale lines show what theory expects.">
-{picture}
-<figcaption>Sample mean m, sample deviation v and total &sigma; of every layer's output, over inputs. Broad pale lines: theory,
-broken where it starts anew from the measured values.</figcaption>
-</figure>
-<h2>Diagnosis</h2>
-{reading}
-<p>v2_fraction is v&sup2;/&sigma;&sup2;, ratio is m/v; dead is the part of the units that are positive for no input.
-{thresholds}</p>
-<h2>How this was made</h2>
-<dl>
-{provenance}
-</dl>
-</body>
-</html>
+h1, dd {{ overflow-wrap: anywhere; }} figure {{ margin: 0; }} svg {{ max-width: 100%; height: auto;
+}} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, td {{ border: 0;
+border-bottom: 1px solid #8080804d; padding: .2rem .7rem; text-align: left; }} </style> </head>
+<body> <h1>{title}</h1> <p>{summary}</p> <figure role="img" aria-label="m, v and sigma by layer, in
+the order of the table below; pale lines show what theory expects."> {picture} <figcaption>Sample
+mean m, sample deviation v and total &sigma; of every layer's output, over inputs. Broad pale lines:
+theory, broken where it starts anew from the measured values.</figcaption> </figure>
+<h2>Diagnosis</h2> {reading} <p>v2_fraction is v&sup2;/&sigma;&sup2;, ratio is m/v; dead is the part
+of the units that are positive for no input. {thresholds}</p> <h2>How this was made</h2> <dl>
+{provenance} </dl> </body> </html>
 """
 
 
@@ -56,7 +43,8 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         provenance: What else to say of the run: names and values, in this order.
 
     Raises:
-        TypeError: If ``explanation`` is not an :class:`svlib.Explanation` ``title`` no string or ``provenance`` no mapping.
+        TypeError: If ``explanation`` is not an :class:`svlib.Explanation` ``title`` no string or
+            ``provenance`` no mapping.
 
     Examples:
         >>> import svlib as sv
@@ -66,11 +54,15 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         (True, True)
     """
     if not isinstance(explanation, reading.Explanation):
-        raise TypeError(f"explanation must be an Explanation of svlib.explain, got {type(explanation).__name__}")
+        raise TypeError(
+            f"explanation must be an Explanation of svlib.explain, got {type(explanation).__name__}"
+        )
     if not isinstance(title, str):
         raise TypeError(f"title must be a string, got {type(title).__name__}")
     if not isinstance(provenance, Mapping):
-        raise TypeError(f"provenance must be a mapping of names to values, got {type(provenance).__name__}")
+        raise TypeError(
+            f"provenance must be a mapping of names to values, got {type(provenance).__name__}"
+        )
     with mpl.rc_context(plot.STYLE):
         figure, axes = plt.subplots()
         plot.decomposition(explanation.table, theory=explanation.theory, axes=axes)
@@ -90,6 +82,7 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         reading=explanation.to_html(unfolded=True),
         thresholds=thresholds,
         provenance="\n".join(
-            f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>" for name, value in provenance.items()
+            f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>"
+            for name, value in provenance.items()
         ),
     )

@@ -1,7 +1,31 @@
-"""What is true at infinite width, and to first order in 1/width. Numbers here, derivations in ``svlib.theory.symbolic``."""
+"""What is true at infinite width, and to first order in 1/width.
 
-from svlib.theory import angles, maps, symbolic
-from svlib.theory.finite_width import FiniteWidth, finite_width, plateau
-from svlib.theory.trajectory import Trajectory, trajectory
+Numbers stand in ``maps``, ``depth``, ``width`` and ``angles``, derivations in ``symbolic``.
+"""
 
-__all__ = ["FiniteWidth", "Trajectory", "angles", "finite_width", "maps", "plateau", "symbolic", "trajectory"]
+from importlib import import_module as _import
+from typing import TYPE_CHECKING, Any
+
+from svlib.theory import angles, maps
+from svlib.theory.depth import Trajectory, trajectory
+from svlib.theory.width import FiniteWidth, finite_width, plateau
+
+if TYPE_CHECKING:
+    from svlib.theory import symbolic
+
+__all__ = [
+    "FiniteWidth",
+    "Trajectory",
+    "angles",
+    "finite_width",
+    "maps",
+    "plateau",
+    "symbolic",
+    "trajectory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "symbolic":  # SymPy takes half a second to import, and numbers do not need it
+        return _import("svlib.theory.symbolic")
+    raise AttributeError(f"module 'svlib.theory' has no attribute {name!r}")

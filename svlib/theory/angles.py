@@ -13,7 +13,7 @@ from scipy.special import digamma, polygamma
 from scipy.stats import binom
 
 from svlib import _check
-from svlib.theory.trajectory import Array
+from svlib.theory.depth import Array
 
 
 class Step(NamedTuple):
@@ -51,7 +51,8 @@ def expansion(theta: Any, width: int) -> Step:
     j11 = (sine + (math.pi - t) * cosine) / (2 * math.pi)
     j22 = ((math.pi - t) * (2 * cosine**2 + 1) + 3 * sine * cosine) / (2 * math.pi)
     j31 = (3 * (math.pi - t) * cosine + sine * cosine**2 + 2 * sine) / (2 * math.pi)
-    # 1 - 4 J11^2 = 1 - f^2 with f = cos(theta) + (sin(theta) - theta cos(theta)) / pi: from the gap, as it vanishes
+    # 1 - 4 J11^2 = 1 - f^2 with f = cos(theta) + (sin(theta) - theta cos(theta)) / pi: from the
+    # gap, as it vanishes
     gap = 2 * np.sin(t / 2) ** 2 - (sine - t * cosine) / math.pi
     b = gap * (2 - gap)
     vanishing = t < 3e-3  # there both quotients are 3/2 to O(theta), and cancel numerically
@@ -61,7 +62,9 @@ def expansion(theta: Any, width: int) -> Step:
     a, c = np.where(vanishing, 1.5, a), np.where(vanishing, 1.5, c)
     shifted = 4 * j22 - 1 + n
     mean = np.log((n - 1) * b / shifted) + 4 * (j22 + 1) * n / shifted**2 - 4 * a * n / (n - 1) ** 2
-    variance = 8 * n * (j22 + 1) / shifted**2 + 8 * n * a / (n - 1) ** 2 - 16 * n * c / (shifted * (n - 1))
+    variance = (
+        8 * n * (j22 + 1) / shifted**2 + 8 * n * a / (n - 1) ** 2 - 16 * n * c / (shifted * (n - 1))
+    )
     return Step(mean, variance)
 
 
@@ -78,14 +81,18 @@ def small_angle(theta: Any, width: int) -> Step:
     """
     t, n = _angles(theta), _check.integer("width", width, 2)
     drift = math.log((n + 5) / (n - 1)) - 10 * n / (n + 5) ** 2 + 6 * n / (n - 1) ** 2
-    return Step(np.log(np.sin(t) ** 2) - 2 * t / (3 * math.pi) - drift, np.full_like(t, 8 * n / (n + 5) ** 2))
+    return Step(
+        np.log(np.sin(t) ** 2) - 2 * t / (3 * math.pi) - drift,
+        np.full_like(t, 8 * n / (n + 5) ** 2),
+    )
 
 
 def vanishing_angle(width: int) -> Step:
     r"""Exact mean and variance of the change of :math:`\ln\sin^2\theta` as :math:`\theta\to0`.
 
-    With k ~ Bin(n, 1/2) active units, :math:`\sin^2\theta'/\sin^2\theta` is a :math:`\chi^2_{k-1}` over the
-    :math:`\chi^2_k` of the squared length. Given k of at least 2: one active unit leaves no angle.
+    With k ~ Bin(n, 1/2) active units, :math:`\sin^2\theta'/\sin^2\theta` is a :math:`\chi^2_{k-1}`
+    over the :math:`\chi^2_k` of the squared length. Given k of at least 2: one active unit leaves
+    no angle.
 
     Args:
         width: Units n, at least 2.

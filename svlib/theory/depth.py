@@ -62,25 +62,29 @@ def trajectory(
     r"""Follow m^2 and v^2 through ``depth`` layers of infinite width (the paper's exact recursion).
 
     Without normalization the gap :math:`\epsilon_l=v_l^2/\sigma_l^2` obeys
-    :math:`\epsilon_{l+1}=\epsilon_l-w_l\,d(\epsilon_l)`, d being :func:`svlib.theory.maps.gap_decrement` and
-    :math:`w_l` the share of the branch in the new variance: 1 without residual connection,
-    :math:`\beta/(1+\beta)` with :math:`y'=y+\sqrt\beta\,W\phi(y)`.
+    :math:`\epsilon_{l+1}=\epsilon_l-w_l\,d(\epsilon_l)`, d being
+    :func:`svlib.theory.maps.gap_decrement` and :math:`w_l` the share of the branch in the new
+    variance: 1 without residual connection, :math:`\beta/(1+\beta)` with
+    :math:`y'=y+\sqrt\beta\,W\phi(y)`.
 
     Args:
         depth: Number of weight matrices after layer 0, at least 0.
         activation: "relu", "leaky_relu", "linear" or "tanh".
         negative_slope: The slope a of leaky ReLU.
-        normalization: Applied to preactivations before the activation. ``"batch"``: the batch is large and
-            the statistics are those before BatchNorm. ``"layer"``: the statistics of a wide layer are the
-            network's, so LayerNorm only fixes the scale.
-        residual: :math:`\beta`, positive, or ``None``. ``m2`` and ``v2`` are relative to ``sigma2``, which grows as
-            :math:`(1+\beta)^l`, or :math:`1+\beta l` with normalization, and may become infinite.
-        rho0: :math:`m_0^2/\sigma_0^2`, in [-1, 1]: 0 for white inputs, the cosine for a pair at an angle.
+        normalization: Applied to preactivations before the activation. ``"batch"``: the batch is
+            large and the statistics are those before BatchNorm. ``"layer"``: the statistics of a
+            wide layer are the network's, so LayerNorm only fixes the scale.
+        residual: :math:`\beta`, positive, or ``None``. ``m2`` and ``v2`` are relative to
+            ``sigma2``, which grows as :math:`(1+\beta)^l`, or :math:`1+\beta l` with normalization,
+            and may become infinite.
+        rho0: :math:`m_0^2/\sigma_0^2`, in [-1, 1]: 0 for white inputs, the cosine for a pair at an
+            angle.
 
     Raises:
         TypeError: If a number is not a number, or ``depth`` not an integer.
-        ValueError: If an argument is out of range, a name unknown, or tanh is combined with a residual
-            connection without normalization (the variance then grows and tanh is not homogeneous).
+        ValueError: If an argument is out of range, a name unknown, or tanh is combined with a
+            residual connection without normalization (the variance then grows and tanh is not
+            homogeneous).
 
     Examples:
         >>> layers = trajectory(50)
@@ -112,7 +116,9 @@ def trajectory(
         if normalization == "batch":  # BatchNorm's output has m = 0, whatever came in
             step = share * (gap - (1 - base))
         else:
-            step = share * maps.gap_decrement(gap, activation=activation, negative_slope=negative_slope)
+            step = share * maps.gap_decrement(
+                gap, activation=activation, negative_slope=negative_slope
+            )
         new = gap - (step - lost)
         lost = (gap - new) - (step - lost)
         v2[layer] = gap = new

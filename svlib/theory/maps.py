@@ -1,11 +1,14 @@
 r"""Correlation maps: what one layer of infinite width does to the correlation of two inputs.
 
-A layer takes preactivations of variance 1 and correlation :math:`\rho` over networks to preactivations of
-correlation :math:`C(\rho)=\langle\phi(z_1)\phi(z_2)\rangle/\langle\phi(z)^2\rangle`, :math:`z` standard Gaussian.
-Weights have variance :math:`1/(N\langle\phi^2\rangle)`, He's rule, so that the variance stays 1.
+A layer takes preactivations of variance 1 and correlation :math:`\rho` over networks to
+preactivations of correlation
+:math:`C(\rho)=\langle\phi(z_1)\phi(z_2)\rangle/\langle\phi(z)^2\rangle`, :math:`z` standard
+Gaussian. Weights have variance :math:`1/(N\langle\phi^2\rangle)`, He's rule, so that the variance
+stays 1.
 
-Near :math:`\rho=1` the interesting quantity is the gap :math:`\epsilon=1-\rho=v^2/\sigma^2`. Computed as
-1 - C it loses its digits, so :func:`gap_decrement` gives what a layer takes from it instead.
+Near :math:`\rho=1` the interesting quantity is the gap :math:`\epsilon=1-\rho=v^2/\sigma^2`.
+Computed as 1 - C it loses its digits, so :func:`gap_decrement` gives what a layer takes from it
+instead.
 """
 
 from __future__ import annotations
@@ -48,16 +51,20 @@ def _tanh_difference(epsilon: float) -> float:
     """E[(tanh z1 - tanh z2)^2] / 2 for correlation 1 - epsilon, accurate as epsilon goes to 0."""
     half_sum = math.sqrt(1 - epsilon / 2) * _NODES[:, None]  # (z1 + z2) / 2, independent of
     half_difference = math.sqrt(epsilon / 2) * _NODES[None, :]  # (z1 - z2) / 2
-    difference = np.sinh(2 * half_difference) / (np.cosh(half_sum + half_difference) * np.cosh(half_sum - half_difference))
+    difference = np.sinh(2 * half_difference) / (
+        np.cosh(half_sum + half_difference) * np.cosh(half_sum - half_difference)
+    )
     return float(_WEIGHTS @ difference**2 @ _WEIGHTS) / 2
 
 
-def gap_decrement(epsilon: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
+def gap_decrement(
+    epsilon: float, *, activation: str = "relu", negative_slope: float = 0.0
+) -> float:
     r"""What one layer takes from the gap: :math:`\epsilon-\epsilon'` with :math:`\epsilon'=1-C(1-\epsilon)`.
 
-    For ReLU, with :math:`\cos\theta=1-\epsilon`, it is :math:`(\sin\theta-\theta\cos\theta)/\pi` (Cho & Saul 2009,
-    order 1, rearranged), and for leaky ReLU of slope a that times :math:`(1-a)^2/(1+a^2)`. Relative accuracy
-    is full for every gap in the ReLU family.
+    For ReLU, with :math:`\cos\theta=1-\epsilon`, it is :math:`(\sin\theta-\theta\cos\theta)/\pi`
+    (Cho & Saul 2009, order 1, rearranged), and for leaky ReLU of slope a that times
+    :math:`(1-a)^2/(1+a^2)`. Relative accuracy is full for every gap in the ReLU family.
 
     Args:
         epsilon: The gap, in [0, 2].
@@ -85,8 +92,8 @@ def gap_decrement(epsilon: float, *, activation: str = "relu", negative_slope: f
 def correlation(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
     r"""The correlation map C.
 
-    ReLU: :math:`f(\rho)=(\sqrt{1-\rho^2}+\rho(\pi-\arccos\rho))/\pi` (Cho & Saul 2009, order 1). Leaky ReLU:
-    :math:`((1-a)^2f(\rho)+2a\rho)/(1+a^2)`. Linear: :math:`\rho`. Tanh: by quadrature.
+    ReLU: :math:`f(\rho)=(\sqrt{1-\rho^2}+\rho(\pi-\arccos\rho))/\pi` (Cho & Saul 2009, order 1).
+    Leaky ReLU: :math:`((1-a)^2f(\rho)+2a\rho)/(1+a^2)`. Linear: :math:`\rho`. Tanh: by quadrature.
 
     Args:
         rho: Correlation of two preactivations over networks, in [-1, 1].
@@ -106,7 +113,9 @@ def correlation(rho: float, *, activation: str = "relu", negative_slope: float =
     return rho + gap_decrement(1 - rho, activation=activation, negative_slope=negative_slope)
 
 
-def correlation_slope(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
+def correlation_slope(
+    rho: float, *, activation: str = "relu", negative_slope: float = 0.0
+) -> float:
     r"""The derivative C'. For ReLU :math:`f'(\rho)=1-\arccos(\rho)/\pi`.
 
     It is also the factor by which a layer of infinite width multiplies the correlation of the
@@ -126,7 +135,9 @@ def correlation_slope(rho: float, *, activation: str = "relu", negative_slope: f
     return ((1 - slope) ** 2 * (1 - math.acos(rho) / math.pi) + 2 * slope) / (1 + slope**2)
 
 
-def residual(rho: float, *, beta: float, activation: str = "relu", negative_slope: float = 0.0) -> float:
+def residual(
+    rho: float, *, beta: float, activation: str = "relu", negative_slope: float = 0.0
+) -> float:
     r"""The map of :math:`y'=y+\sqrt\beta\,W\phi(y)`: :math:`(\rho+\beta C(\rho))/(1+\beta)`.
 
     Args:
@@ -146,12 +157,16 @@ def residual(rho: float, *, beta: float, activation: str = "relu", negative_slop
     """
     beta = _check.real("beta", beta, 0, open_low=True)
     _homogeneous(activation)
-    return (rho + beta * correlation(rho, activation=activation, negative_slope=negative_slope)) / (1 + beta)
+    return (rho + beta * correlation(rho, activation=activation, negative_slope=negative_slope)) / (
+        1 + beta
+    )
 
 
 def _homogeneous(activation: str) -> None:
     if activation == "tanh":
-        raise ValueError(f"activation must be homogeneous ('relu', 'leaky_relu', 'linear') with residual, got {activation!r}")
+        raise ValueError(
+            f"activation must be homogeneous ('relu', 'leaky_relu', 'linear') with residual, got {activation!r}"
+        )
 
 
 def batchnorm(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
@@ -165,7 +180,9 @@ def batchnorm(rho: float, *, activation: str = "relu", negative_slope: float = 0
         (0.0, 1.0)
     """
     base = correlation(0.0, activation=activation, negative_slope=negative_slope)
-    return (correlation(rho, activation=activation, negative_slope=negative_slope) - base) / (1 - base)
+    return (correlation(rho, activation=activation, negative_slope=negative_slope) - base) / (
+        1 - base
+    )
 
 
 def batchnorm_slope(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
@@ -183,7 +200,8 @@ def batchnorm_correlation(batch: int) -> float:
     r"""Correlation :math:`m^2/\sigma^2` of ReLU preactivations before BatchNorm, for a batch of B inputs.
 
     After BatchNorm two inputs of a batch have correlation -1/(B-1); a ReLU layer takes that to
-    :math:`f(-1/(B-1))` (Yang et al. 2019, linearly: the fluctuation of the batch statistics is left out).
+    :math:`f(-1/(B-1))` (Yang et al. 2019, linearly: the fluctuation of the batch statistics is left
+    out).
 
     Args:
         batch: Number of inputs B, at least 2.
@@ -202,7 +220,8 @@ def batchnorm_correlation(batch: int) -> float:
 def batchnorm_gradient_growth(batch: int | None = None) -> float:
     r"""Factor per layer by which squared gradients grow backwards through BatchNorm and ReLU.
 
-    Large batch: :math:`\pi/(\pi-1)`. Batch of B inputs, with :math:`r=-1/(B-1)` (Yang et al. 2019, ReLU):
+    Large batch: :math:`\pi/(\pi-1)`. Batch of B inputs, with :math:`r=-1/(B-1)` (Yang et al. 2019,
+        ReLU):
 
     .. math:: \frac{f'(r)+(B-1)}{(B-3)(1-f(r))}-\frac1{B-3} .
 
@@ -221,4 +240,6 @@ def batchnorm_gradient_growth(batch: int | None = None) -> float:
         return batchnorm_slope(1.0)
     size = _check.integer("batch", batch, 4)
     rho = -1 / (size - 1)
-    return (correlation_slope(rho) + size - 1) / ((size - 3) * (1 - correlation(rho))) - 1 / (size - 3)
+    return (correlation_slope(rho) + size - 1) / ((size - 3) * (1 - correlation(rho))) - 1 / (
+        size - 3
+    )

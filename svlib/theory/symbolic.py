@@ -1,8 +1,8 @@
 r"""SymPy derivations: the decomposition, the ReLU map and its fixed point, the decay law, BatchNorm's constants.
 
-Each function starts from a definition (an average, a Gaussian density, a differential equation) and lets
-SymPy reach the result; none starts from the answer. No function here calls the numerical code or is
-called by it, so that comparing the two tests both.
+Each function starts from a definition (an average, a Gaussian density, a differential equation) and
+lets SymPy reach the result; none starts from the answer. No function here calls the numerical code
+or is called by it, so that comparing the two tests both.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def gaussian_relu_moments() -> tuple[sp.Expr, sp.Expr]:
 def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
     r"""<relu(z1)^first relu(z2)^second> for standard Gaussians of correlation cos(theta), from the bivariate density.
 
-    In the coordinates z1 = r cos(phi), z2 = r cos(phi - theta) the exponent of the density becomes -r^2/2,
-    and both preactivations are positive for theta - pi/2 < phi < pi/2 (0 < theta < pi). Powers 2 and 2 give
-    J22 of Jakub & Nica (2023), powers 3 and 1 J31.
+    In the coordinates z1 = r cos(phi), z2 = r cos(phi - theta) the exponent of the density becomes
+    -r^2/2, and both preactivations are positive for theta - pi/2 < phi < pi/2 (0 < theta < pi).
+    Powers 2 and 2 give J22 of Jakub & Nica (2023), powers 3 and 1 J31.
 
     Args:
         first: Power of the first, at least 1.
@@ -104,7 +104,9 @@ def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
     density = sp.exp(-quadratic_form / 2) / (2 * sp.pi * sp.sin(theta))
     polar = {z1: r * sp.cos(phi), z2: r * sp.cos(phi - theta)}
     jacobian = sp.simplify(sp.Matrix([polar[z1], polar[z2]]).jacobian([r, phi]).det())
-    integrand = sp.simplify((z1**first * z2**second * density).subs(polar, simultaneous=True) * jacobian)
+    integrand = sp.simplify(
+        (z1**first * z2**second * density).subs(polar, simultaneous=True) * jacobian
+    )
     over_radius = sp.expand_trig(sp.integrate(integrand, (r, 0, sp.oo)))
     product = sp.integrate(over_radius, (phi, theta - sp.pi / 2, sp.pi / 2))
     return sp.collect(sp.expand(2 * sp.pi * sp.simplify(product)), sp.cos(theta)) / (2 * sp.pi)
@@ -142,8 +144,8 @@ class FixedPoint(NamedTuple):
 def fixed_point() -> FixedPoint:
     """rho = 1 is a fixed point, with slope 1: marginally stable.
 
-    The curvature f'' is positive on (-1, 1), so f' < f'(1) = 1 there and f(rho) - rho falls to its value 0
-    at 1: f(rho) > rho before, and every start is drawn to 1.
+    The curvature f'' is positive on (-1, 1), so f' < f'(1) = 1 there and f(rho) - rho falls to its
+    value 0 at 1: f(rho) > rho before, and every start is drawn to 1.
 
     Examples:
         >>> fixed_point()
@@ -151,14 +153,18 @@ def fixed_point() -> FixedPoint:
     """
     f = relu_map()
     slope = relu_map_slope()
-    return FixedPoint(sp.simplify(f.subs(rho, 1)), sp.simplify(slope.subs(rho, 1)), sp.simplify(sp.diff(slope, rho)))
+    return FixedPoint(
+        sp.simplify(f.subs(rho, 1)),
+        sp.simplify(slope.subs(rho, 1)),
+        sp.simplify(sp.diff(slope, rho)),
+    )
 
 
 def gap_expansion(terms: int = 2) -> sp.Expr:
     """The map of the gap, expanded about 0 in powers of sqrt(epsilon).
 
-    With epsilon = 1 - cos(theta) = 2 sin(theta/2)^2 both gaps are power series in s = sqrt(epsilon) through
-    theta = 2 asin(s / sqrt(2)).
+    With epsilon = 1 - cos(theta) = 2 sin(theta/2)^2 both gaps are power series in s = sqrt(epsilon)
+    through theta = 2 asin(s / sqrt(2)).
 
     Args:
         terms: Number of terms after epsilon itself, at least 1.
@@ -174,7 +180,9 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
     terms = _check.integer("terms", terms)
     s = sp.Symbol("s", positive=True)
     _, second = gaussian_relu_moments()
-    decrement = gaussian_relu_product() / second - sp.cos(theta)  # f(rho) - rho, the loss of the gap
+    decrement = gaussian_relu_product() / second - sp.cos(
+        theta
+    )  # f(rho) - rho, the loss of the gap
     order = 2 * terms + 2  # odd powers of s only: s^3, s^5, ...
     in_theta = sp.series(decrement, theta, 0, order).removeO()
     theta_in_s = sp.series(2 * sp.asin(s / sp.sqrt(2)), s, 0, order).removeO()
@@ -193,7 +201,9 @@ def decay_constant() -> sp.Expr:
     start = sp.Symbol("C1")
     gap = sp.Function("epsilon", positive=True)
     step = (gap_expansion(1) - epsilon).subs(epsilon, gap(layer))
-    separated = sp.integrate(1 / (gap_expansion(1) - epsilon), epsilon)  # int d epsilon / step = l + C1
+    separated = sp.integrate(
+        1 / (gap_expansion(1) - epsilon), epsilon
+    )  # int d epsilon / step = l + C1
     solution = sp.solve(sp.Eq(separated, layer + start), epsilon)[0]
     residue = sp.diff(solution, layer) - step.subs(gap(layer), solution)
     if sp.simplify(residue.subs(start, 0)) != 0:
@@ -204,9 +214,10 @@ def decay_constant() -> sp.Expr:
 def length_gain() -> sp.Expr:
     r"""What a layer adds to N v^2/m^2 through the lengths, 3/2 - J22(theta).
 
-    Given two inputs at angle theta, the squared lengths are means over N units of 2 relu(z)^2, of expectation 1. So the
-    logarithm of their ratio gains the variance <(2 relu(z1)^2 - 2 relu(z2)^2)^2> / N, that of the lengths a quarter of
-    it. Half the variance of a small log-ratio is the squared coefficient of variation over inputs.
+    Given two inputs at angle theta, the squared lengths are means over N units of 2 relu(z)^2, of
+    expectation 1. So the logarithm of their ratio gains the variance <(2 relu(z1)^2 - 2
+    relu(z2)^2)^2> / N, that of the lengths a quarter of it. Half the variance of a small log-ratio
+    is the squared coefficient of variation over inputs.
 
     Examples:
         >>> length_gain().subs(theta, sp.pi / 2)
@@ -216,14 +227,17 @@ def length_gain() -> sp.Expr:
     """
     z = sp.Symbol("z", real=True)
     fourth = sp.integrate(z**4 * sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi), (z, 0, sp.oo))
-    variance_of_squares = 4 * (2 * fourth - 2 * gaussian_relu_product(2, 2))  # <(a - b)^2> = <a^2> + <b^2> - 2 <ab>
+    variance_of_squares = 4 * (
+        2 * fourth - 2 * gaussian_relu_product(2, 2)
+    )  # <(a - b)^2> = <a^2> + <b^2> - 2 <ab>
     return sp.expand(variance_of_squares / 4 / 2)
 
 
 def plateau_tail(terms: int = 4) -> sp.Expr:
     r"""The sum of :func:`length_gain` over all layers from one with angle theta on, as a power series in theta.
 
-    The tail T obeys T(theta) - T(theta') = length_gain(theta), theta' being the angle one layer on, cos(theta') = f(cos theta).
+    The tail T obeys T(theta) - T(theta') = length_gain(theta), theta' being the angle one layer on,
+    cos(theta') = f(cos theta).
 
     Args:
         terms: Number of terms, at least 1.
@@ -239,13 +253,21 @@ def plateau_tail(terms: int = 4) -> sp.Expr:
     terms = _check.integer("terms", terms)
     order = terms + 2
     _, second = gaussian_relu_moments()
-    half_sine = sp.sqrt((1 - sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()) / 2)
-    step = sp.series(2 * sp.asin(sp.series(half_sine, theta, 0, order + 1).removeO()), theta, 0, order + 1).removeO()
+    half_sine = sp.sqrt(
+        (1 - sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()) / 2
+    )
+    step = sp.series(
+        2 * sp.asin(sp.series(half_sine, theta, 0, order + 1).removeO()), theta, 0, order + 1
+    ).removeO()
     coefficients = sp.symbols(f"c1:{terms + 1}")
     tail = sum(c * theta**k for k, c in enumerate(coefficients, start=1))
     gain = sp.series(length_gain(), theta, 0, order).removeO()
-    difference = sp.expand(tail - tail.subs(theta, step) - gain)  # to vanish up to the order asked for
-    found = sp.solve([difference.coeff(theta, k) for k in range(2, order)], coefficients, dict=True)[0]
+    difference = sp.expand(
+        tail - tail.subs(theta, step) - gain
+    )  # to vanish up to the order asked for
+    found = sp.solve(
+        [difference.coeff(theta, k) for k in range(2, order)], coefficients, dict=True
+    )[0]
     return sp.expand(tail.subs(found))
 
 
@@ -262,9 +284,9 @@ class BatchNorm(NamedTuple):
 def batchnorm() -> BatchNorm:
     """Statistics before BatchNorm, and slopes of its correlation map, from the Gaussian integrals.
 
-    Before BatchNorm sits the linear layer of relu(z), z standard Gaussian over inputs: m^2 and sigma^2 are
-    in the ratio <relu>^2 : <relu^2>. BatchNorm takes off the mean, the value of the map at 0, and divides by
-    what is left.
+    Before BatchNorm sits the linear layer of relu(z), z standard Gaussian over inputs: m^2 and
+    sigma^2 are in the ratio <relu>^2 : <relu^2>. BatchNorm takes off the mean, the value of the map
+    at 0, and divides by what is left.
 
     Examples:
         >>> batchnorm().m2, batchnorm().slope_at_0

@@ -1,18 +1,20 @@
 r"""Finite width, to first order in 1/N: what infinitely many inputs do in a random network of width N.
 
 Write the Gram matrix of the activations of layer l as 1 + x_a on its diagonal and with correlations
-:math:`\rho_{ab}`. A layer of width N maps it to its infinite-width image plus noise of covariance O(1/N), whose moments are
-averages of products of up to four activations. All inputs being alike, pairs of pairs fall into few classes, and each
-class obeys a linear recursion in depth:
+:math:`\rho_{ab}`. A layer of width N maps it to its infinite-width image plus noise of covariance
+O(1/N), whose moments are averages of products of up to four activations. All inputs being alike,
+pairs of pairs fall into few classes, and each class obeys a linear recursion in depth:
 
 - lengths: the log-ratio of two lengths is a random walk. Per layer, half of its variance is
-  :math:`(\langle\phi_a^4\rangle-\langle\phi_a^2\phi_b^2\rangle)/4N`, for ReLU :math:`(\frac32-J_{22}(\theta))/N`;
-- angles: mean :math:`\mu` and variance U of the deviation of a correlation, the covariance G of those of two
-  disjoint pairs, and the covariances C, D of a correlation with the length of an input of the pair and of another.
+  :math:`(\langle\phi_a^4\rangle-\langle\phi_a^2\phi_b^2\rangle)/4N`, for ReLU
+  :math:`(\frac32-J_{22}(\theta))/N`;
+- angles: mean :math:`\mu` and variance U of the deviation of a correlation, the covariance G of
+  those of two disjoint pairs, and the covariances C, D of a correlation with the length of an input
+  of the pair and of another.
 
-:math:`\langle\phi_a\phi_b\phi_c\phi_d\rangle` for four inputs of mutual correlation :math:`\rho` is a single integral, over
-what they share: :math:`z_a=\sqrt\rho\,g+\sqrt{1-\rho}\,h_a`. The derivation is in the chapter on finite width; it was not
-found in the literature.
+:math:`\langle\phi_a\phi_b\phi_c\phi_d\rangle` for four inputs of mutual correlation :math:`\rho` is
+a single integral, over what they share: :math:`z_a=\sqrt\rho\,g+\sqrt{1-\rho}\,h_a`. The derivation
+is in the chapter on finite width; it was not found in the literature.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from scipy.special import ndtr, roots_legendre
 
 from svlib import _check
 from svlib.theory import maps
-from svlib.theory.trajectory import Array, Trajectory
+from svlib.theory.depth import Array, Trajectory
 
 _LEGENDRE, _LEGENDRE_WEIGHTS = roots_legendre(40)
 _FAMILY = ("relu", "leaky_relu", "linear")
@@ -39,7 +41,8 @@ class FiniteWidth(Trajectory):
     Attributes:
         angular: The infinite-width value :math:`(1-\rho)/\rho`, which dies.
         radial: The squared coefficient of variation of the lengths, which stays: the plateau.
-        remainder: The rest of the first order in 1/N: the fluctuating angles, and their covariance with the lengths.
+        remainder: The rest of the first order in 1/N: the fluctuating angles, and their covariance
+            with the lengths.
     """
 
     angular: Array
@@ -82,7 +85,9 @@ def _moments(rho: float, slope: float) -> _Moments:
     two = (up[1] + slope**2 * down[1]) / scale**2
     three = (up[2] - slope**3 * down[2]) / scale**3
     fourth = 6 * (1 + slope**4) / (1 + slope**2) ** 2
-    averages = (float(weights @ values) for values in (two**2, three * one, two * one**2, one**4, one**2))
+    averages = (
+        float(weights @ values) for values in (two**2, three * one, two * one**2, one**4, one**2)
+    )
     return _Moments(fourth, *averages)
 
 
@@ -100,15 +105,16 @@ def finite_width(
     .. math:: \Big\langle\frac{v_l^2}{m_l^2}\Big\rangle\approx\frac{1-\rho_l}{\rho_l}
         +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,\qquad\cos\theta_k=\rho_k,
 
-    for ReLU. Valid for depths well below N times a few; beyond, the angles die faster than at infinite width, but they
-    hardly count then.
+    for ReLU. Valid for depths well below N times a few; beyond, the angles die faster than at
+    infinite width, but they hardly count then.
 
     Args:
         width: Units N of every layer.
         depth: Number of weight matrices after layer 0, at least 0.
-        input_cv2: Squared coefficient of variation of the lengths of layer 0 over inputs: 0 for white noise
-            as layer 0 and for inputs of unit norm, 1/(2 n) for white noise in n dimensions through a first weight matrix, which
-            adds fluctuating angles too, left out here.
+        input_cv2: Squared coefficient of variation of the lengths of layer 0 over inputs: 0 for
+            white noise as layer 0 and for inputs of unit norm, 1/(2 n) for white noise in n
+            dimensions through a first weight matrix, which adds fluctuating angles too, left out
+            here.
         rho0: Correlation of two inputs, in [0, 1), the same for all pairs.
         activation: "relu", "leaky_relu" or "linear".
         negative_slope: The slope of leaky ReLU.
@@ -151,8 +157,19 @@ def finite_width(
         second = (1 - slope) ** 2 / (1 + slope**2) / (math.pi * math.sqrt((1 - rho) * (1 + rho)))
 
         lengths += (four - squares) / 4
-        mean = first * mean + second * variance / 2 + f * (0.75 * (four - 1) + 0.25 * (squares - 1)) - (found.cubic - f)
-        variance = first**2 * variance + squares - f**2 - 2 * f * (found.cubic - f) + f**2 / 2 * (four + squares - 2)
+        mean = (
+            first * mean
+            + second * variance / 2
+            + f * (0.75 * (four - 1) + 0.25 * (squares - 1))
+            - (found.cubic - f)
+        )
+        variance = (
+            first**2 * variance
+            + squares
+            - f**2
+            - 2 * f * (found.cubic - f)
+            + f**2 / 2 * (four + squares - 2)
+        )
         own = first * own + found.cubic - f - f / 2 * (four + squares - 2)
         other = first * other + found.three - f * squares
         disjoint = first**2 * disjoint + found.four - 2 * f * found.three + f**2 * squares
@@ -163,22 +180,32 @@ def finite_width(
         angular = gaps / (1 - gaps)
         remainder = np.where(gaps < 1, radial * angular + rest / (1 - gaps) / width, 0)
     m2 = 1 / (1 + angular + radial + remainder)
-    return FiniteWidth(m2=m2, v2=1 - m2, sigma2=np.ones(depth + 1), angular=angular, radial=radial, remainder=remainder)
+    return FiniteWidth(
+        m2=m2,
+        v2=1 - m2,
+        sigma2=np.ones(depth + 1),
+        angular=angular,
+        radial=radial,
+        remainder=remainder,
+    )
 
 
 def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
     r"""The limit of N v^2/m^2 at great depth, inputs of equal lengths: 10.65055 for ReLU.
 
-    :math:`\sum_k(\frac32-J_{22}(\theta_k))` over all layers from :math:`\theta_0=\pi/2` on. The sum from a layer on is a
-    power series in its angle, so that partial sums are extrapolated to angle 0.
+    :math:`\sum_k(\frac32-J_{22}(\theta_k))` over all layers from :math:`\theta_0=\pi/2` on. The sum
+    from a layer on is a power series in its angle, so that partial sums are extrapolated to angle
+    0.
 
     Args:
         activation: "relu" or "leaky_relu".
-        negative_slope: The slope a of leaky ReLU, at a distance from 1, where the angles stop vanishing.
+        negative_slope: The slope a of leaky ReLU, at a distance from 1, where the angles stop
+            vanishing.
 
     Raises:
         TypeError: If ``negative_slope`` is not a number.
-        ValueError: If the activation is unknown, or the slope between 0.5 and 2: the sum then has not come near its limit.
+        ValueError: If the activation is unknown, or the slope between 0.5 and 2: the sum then has
+            not come near its limit.
 
     Examples:
         >>> print(f"{plateau():.9f}")

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 SITE = Path(__file__).parents[2] / "_build" / "html"
-PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.glob("**/*.html") if "_static" not in path.parts)
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.glob("**/*.html")
+    if "_static" not in path.parts
+)
 
 
 class _Quiet(SimpleHTTPRequestHandler):

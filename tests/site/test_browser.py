@@ -10,12 +10,22 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.site.conftest import PAGES
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 if CHROMIUM is None and os.environ.get("CI"):
-    raise RuntimeError("continuous integration must have chromium: the browser test would be skipped")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium found; name one in the environment variable CHROMIUM")
+    raise RuntimeError(
+        "continuous integration must have chromium: the browser test would be skipped"
+    )
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium found; name one in the environment variable CHROMIUM"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +39,27 @@ def browser() -> Iterator[Browser]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_page(browser: Browser, address: str, name: str, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark" if scheme == "dark" else "light")
+    page = browser.new_page(
+        viewport={"width": 390, "height": 844}, color_scheme="dark" if scheme == "dark" else "light"
+    )
     complaints: list[str] = []
-    page.on("request", lambda request: complaints.append(request.url) if not _local(request.url, address) else None)
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "request",
+        lambda request: (
+            complaints.append(request.url) if not _local(request.url, address) else None
+        ),
+    )
+    page.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("response", lambda response: complaints.append(response.url) if response.status >= 400 else None)
+    page.on(
+        "response",
+        lambda response: complaints.append(response.url) if response.status >= 400 else None,
+    )
     try:
         page.goto(address + name, wait_until="networkidle")
         if page.locator(".math").count():
@@ -44,9 +69,17 @@ def test_page(browser: Browser, address: str, name: str, scheme: str) -> None:
         assert page.locator(".math:not(:has(mjx-container))").count() == 0
         page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
         assert (
-            page.evaluate("[...document.images].filter(image => image.complete && !image.naturalWidth).map(i => i.src)") == []
+            page.evaluate(
+                "[...document.images].filter(image => image.complete && !image.naturalWidth).map(i => i.src)"
+            )
+            == []
         )
-        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        assert (
+            page.evaluate(
+                "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            )
+            <= 0
+        )
         assert complaints == []
     finally:
         page.close()

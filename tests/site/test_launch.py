@@ -16,12 +16,21 @@ def test_launch_buttons_appear_with_a_repository(tmp_path: Path) -> None:
     shutil.copy(ROOT / "_toc.yml", tmp_path)
     config = (ROOT / "_config.yml").read_text(encoding="utf-8")
     assert "launch" not in re.sub(r"^#.*$", "", config, flags=re.MULTILINE)
-    config, uncommented = re.subn(r"^# (repository:|launch_buttons:|  )", r"\1", config, flags=re.MULTILINE)
+    config, uncommented = re.subn(
+        r"^# (repository:|launch_buttons:|  )", r"\1", config, flags=re.MULTILINE
+    )
     assert uncommented == 7
-    (tmp_path / "_config.yml").write_text(config.replace("OWNER/REPOSITORY", "example/example"), encoding="utf-8")
+    (tmp_path / "_config.yml").write_text(
+        config.replace("OWNER/REPOSITORY", "example/example"), encoding="utf-8"
+    )
     command = Path(sys.executable).with_name("jupyter-book")
     done = subprocess.run([command, "build", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "_build" / "html" / "book" / "01-two-variances.html").read_text(encoding="utf-8")
-    for service in ("mybinder.org/v2/gh/example/example", "colab.research.google.com/github/example/example"):
+    page = (tmp_path / "_build" / "html" / "book" / "01-two-variances.html").read_text(
+        encoding="utf-8"
+    )
+    for service in (
+        "mybinder.org/v2/gh/example/example",
+        "colab.research.google.com/github/example/example",
+    ):
         assert service in page

@@ -22,7 +22,11 @@ class _Page(HTMLParser):
 
 
 def broken_links(site: Path) -> list[str]:
-    pages = {path: _Page(path.read_text(encoding="utf-8")) for path in site.glob("**/*.html") if "_static" not in path.parts}
+    pages = {
+        path: _Page(path.read_text(encoding="utf-8"))
+        for path in site.glob("**/*.html")
+        if "_static" not in path.parts
+    }
     broken = []
     for path, page in pages.items():
         for target in page.targets:
@@ -31,7 +35,9 @@ def broken_links(site: Path) -> list[str]:
                 continue
             goal = (path.parent / unquote(link.path)).resolve() if link.path else path
             goal = goal / "index.html" if goal.is_dir() else goal
-            if not goal.exists() or (goal in pages and unquote(link.fragment) not in pages[goal].anchors):
+            if not goal.exists() or (
+                goal in pages and unquote(link.fragment) not in pages[goal].anchors
+            ):
                 broken.append(f"{path.relative_to(site)} -> {target}")
     return broken
 
@@ -41,7 +47,9 @@ def test_links_and_anchors(site: Path) -> None:
 
 
 def test_the_check_finds_planted_faults(tmp_path: Path) -> None:
-    (tmp_path / "a.html").write_text('<h1 id="there"><a href="b.html">1</a><a href="a.html#not">2</a><a href="#there">3</a>')
+    (tmp_path / "a.html").write_text(
+        '<h1 id="there"><a href="b.html">1</a><a href="a.html#not">2</a><a href="#there">3</a>'
+    )
     assert broken_links(tmp_path) == ["a.html -> b.html", "a.html -> a.html#not"]
 
 
@@ -49,6 +57,12 @@ def test_every_figure_has_a_text(site: Path) -> None:
     missing = {
         path.name: texts
         for path in site.glob("book/*.html")
-        if (texts := [src for src in _Page(path.read_text(encoding="utf-8")).images_without_text if "_images" in src])
+        if (
+            texts := [
+                src
+                for src in _Page(path.read_text(encoding="utf-8")).images_without_text
+                if "_images" in src
+            ]
+        )
     }
     assert missing == {}

@@ -1,0 +1,1 @@
+"""The training experiments: networks, data, one run, and comparisons between runs."""

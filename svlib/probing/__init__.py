@@ -1,0 +1,1 @@
+"""Any torch model: measure it, read the measurement with theory, repair its initialization."""
