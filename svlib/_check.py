@@ -51,7 +51,7 @@ def real(
 
 
 def choice(name: str, value: Any, accepted: Collection[Any]) -> Any:
-    """Return the one of ``accepted`` that equals ``value``."""
+    """Return the one of ``accepted`` that ``value`` is."""
     for option in accepted:
         if value is option or (
             isinstance(option, str) and isinstance(value, str) and value == option
@@ -79,7 +79,7 @@ def device(value: Any) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch explains at length
         raise ValueError(f"device must be one of {there} here, got {value!r} ({reason})") from None
     return found
 
@@ -103,8 +103,9 @@ def numbers(name: str, value: Any) -> torch.Tensor:
         try:
             array = np.asarray(value)
         except (TypeError, ValueError) as error:
+            kind = f"{type(value).__name__}: {error}"
             raise TypeError(
-                f"{name} must be an array or tensor of real numbers, got {type(value).__name__}: {error}"
+                f"{name} must be an array or tensor of real numbers, got {kind}"
             ) from None
         real_numbers, kind = array.dtype.kind in "iuf", f"{type(value).__name__} of {array.dtype}"
         if real_numbers:
@@ -118,11 +119,10 @@ def numbers(name: str, value: Any) -> torch.Tensor:
 
 
 def floating(name: str, value: Any) -> torch.Tensor:
-    """Return an array or tensor of real numbers, all finite, as a detached tensor; arrays are copied."""
+    """Return what :func:`numbers` returns, if all of it is finite."""
     tensor = numbers(name, value)
-    finite = torch.isfinite(tensor)
-    if not finite.all():
+    if bad := int((~torch.isfinite(tensor)).sum()):
         raise NotFiniteError(
-            f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of {tensor.numel()} entries"
+            f"{name} must be finite, got {bad} NaN or infinite of {tensor.numel()} entries"
         )
     return tensor

@@ -1,7 +1,8 @@
-"""What every record says about how it was made, and how files are written: whole or not at all."""
+"""What each record says about its making, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import time
@@ -11,11 +12,28 @@ from pathlib import Path
 import torch
 
 
+def _code() -> str:
+    """The installed version and a digest of the sources that run: ``0.1.0 (3f2a9c01d4e8)``.
+
+    The version alone would let code mix: an editable installation keeps the version that it was
+    installed with, and changes that are not committed have none.
+    """
+    digest = hashlib.sha256()
+    room = Path(__file__).parent
+    for path in sorted(room.rglob("*.py")):
+        content = path.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{path.relative_to(room).as_posix()} {len(content)}\n".encode() + content)
+    return f"{version('svlib')} ({digest.hexdigest()[:12]})"
+
+
+CODE = _code()  # now, for the files may change while this process runs
+
+
 def provenance(device: torch.device, started: float) -> dict[str, str | float]:
     """Versions, device and wall time in seconds since ``started`` (of ``time.perf_counter``)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "svlib": version("svlib"),
+        "svlib": CODE,
         "torch": str(torch.__version__),
         "numpy": version("numpy"),
         "python": platform.python_version(),
@@ -25,11 +43,7 @@ def provenance(device: torch.device, started: float) -> dict[str, str | float]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: there is never half a file.
-
-    Raises:
-        OSError: If it cannot be written. What stood there before still does.
-    """
+    """Write a file under a temporary name, then rename it: what stood there stays until then."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         with temporary.open("wb") as file:
@@ -38,8 +52,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise type(error)(
-            error.errno, f"{error.strerror}; {len(content):,} bytes were to be written", str(path)
-        ) from None
+        reason = f"{error.strerror}; {len(content):,} bytes were to be written"
+        raise type(error)(error.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Streams of random numbers: one for every use of a seed, so that no two uses share their numbers."""
+"""Streams of random numbers: one for each use of a seed, so that no two uses share numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stream(
 
 
 def fill_normal(out: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Fill ``out`` (generators, ...) with standard normal numbers, each generator's from itself alone."""
+    """Fill ``out`` (generators, ...) with standard normal numbers, each slot by its generator."""
 
     def fill(part: slice) -> None:
         for slot, generator in zip(out[part], generators[part], strict=True):

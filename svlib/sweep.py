@@ -1,7 +1,8 @@
 """Many points, one function, any executor; finished points are kept on disk and not run again.
 
-A record is one file in the store, written whole or not at all. Its name holds two hashes: of the
-function and its arguments, by which it is found, and of its own bytes, by which damage is noticed.
+A record is one file in the store, written whole or not at all. Its name holds two hashes: one of
+the function, its arguments and svlib's version, by which it is found, and one of its own bytes,
+which shows damage.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from svlib import _check
-from svlib._files import write_whole
+from svlib._files import CODE, write_whole
 
 Function = Callable[..., xr.Dataset]
 _POINT = "sweep_point"
@@ -41,9 +42,10 @@ def run(
 ) -> list[xr.Dataset]:
     """Call ``function(**point)`` for every point that has no record in ``store`` yet.
 
-    Records are written by this process, each as soon as its point is finished. A run that is killed
-    or interrupted loses only the points in flight; call again to go on. Where a point fails the
-    others are still run.
+    Each record is written by this process as soon as its point is finished. A killed or interrupted
+    run loses only the points in flight; call again to go on. If a point fails, the others still
+    run. Records of another version of svlib, or of changed sources, count as other points; a
+    function that is not svlib's own is known by its name alone.
 
     Args:
         function: A function of a module (executors send it by name) that returns an
@@ -57,23 +59,25 @@ def run(
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        The records, in the order of the points, as they were read from the store: equal calls give
-        equal data, attributes such as the wall time apart. Integers come back with 32 bits.
+        The records in the order of the points, as read from the store. Equal calls give equal data;
+        attributes such as the wall time may differ. Integers come back with 32 bits.
 
     Raises:
         TypeError: If a point is no mapping or holds what JSON does not, or the function has no name
             in a module.
         ValueError: If a point comes twice.
-        RuntimeError: If points failed: how many, which first, and from which error (for one, that
-            it returned no Dataset). The others are in the store.
+        RuntimeError: If points failed: how many, the first, and its error. The others are in the
+            store.
 
     Warns:
-        UserWarning: If a record is damaged or another's; it is named and its point run again.
+        UserWarning: If a record is damaged or of another point; it is set aside and its point runs
+            again.
 
     Examples:
         >>> import tempfile
         >>> from svlib import simulate
-        >>> points = [{"width": 16, "depth": 5, "networks": 4, "samples": 8, "seed": seed} for seed in range(3)]
+        >>> common = {"width": 16, "depth": 5, "networks": 4, "samples": 8}
+        >>> points = [common | {"seed": seed} for seed in range(3)]
         >>> with tempfile.TemporaryDirectory() as store:
         ...     records = run(simulate, points, store)
         ...     again = run(simulate, points, store)  # read, not run
@@ -82,22 +86,10 @@ def run(
     """
     folder = Path(store)
     folder.mkdir(parents=True, exist_ok=True)
-    listed = list(points)
-    if isinstance(points, Mapping) or not all(isinstance(point, Mapping) for point in listed):
-        raise TypeError(
-            f"points must be an iterable of mappings from argument to value, got {points!r}"
-        )
-    wanted = [dict(point) for point in listed]
-    texts = [_describe(function, point) for point in wanted]
-    if len(set(texts)) < len(texts):
-        raise ValueError(
-            f"points must differ, got {next(text for text in texts if texts.count(text) > 1)} twice"
-        )
-    records = {text: record for text in texts if (record := _load(folder, text)) is not None}
-    missing = {
-        text: point for text, point in zip(texts, wanted, strict=True) if text not in records
-    }
-    failures: dict[str, BaseException] = {}
+    wanted = _described(function, points)
+    records = {text: record for text in wanted if (record := _load(folder, text)) is not None}
+    missing = {text: point for text, point in wanted.items() if text not in records}
+    failures: dict[str, Exception] = {}
     with tqdm(
         total=len(wanted),
         initial=len(records),
@@ -106,12 +98,7 @@ def run(
     ) as bar:
         for text, call in _calls(partial(function, **common or {}), missing, executor):
             try:
-                result = call()
-                if not isinstance(result, xr.Dataset):
-                    raise TypeError(
-                        f"function must return an xarray.Dataset, got {type(result).__name__}"
-                    )
-                _write(folder, text, result)
+                _write(folder, text, _checked(call()))
             except Exception as error:
                 failures[text] = error
             bar.update()
@@ -119,11 +106,11 @@ def run(
         text, first = next(iter(failures.items()))
         count = f"{len(failures)} of {len(wanted)} points failed, the others are in {folder}"
         raise RuntimeError(f"{count}; first {text}: {type(first).__name__}: {first}") from first
-    return [records[text] if text in records else _read(folder, text) for text in texts]
+    return [records[text] if text in records else _read(folder, text) for text in wanted]
 
 
 def processes(workers: int) -> ProcessPoolExecutor:
-    """Processes that share out the cores and end with the process that made them, even if that is killed.
+    """A pool that divides the cores and dies with its parent, even on SIGKILL.
 
     Examples:
         >>> with processes(2) as executor:
@@ -146,9 +133,7 @@ def _start_worker(threads: int) -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None
         parent.join()
-        os._exit(
-            1
-        )  # or it would finish its work, whatever --resume does meanwhile, and then wait for ever
+        os._exit(1)  # not sys.exit: the main thread may be at work, and would then wait for ever
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -156,7 +141,7 @@ def _start_worker(threads: int) -> None:
 def _calls(
     function: Function, points: dict[str, dict[str, Any]], executor: Executor | None
 ) -> Iterable[tuple[str, Callable[[], Any]]]:
-    """The name of each point with what returns or raises its result, as they get finished."""
+    """Each point's text with a call that returns or raises its result, as they finish."""
     if executor is None:
         for text, point in points.items():
             yield text, partial(function, **point)
@@ -164,11 +149,9 @@ def _calls(
     futures: dict[Future[Any], str] = {}
     try:
         for text, point in points.items():
-            try:  # as one argument, for Dask's submit has names of its own
+            try:  # one argument, because Dask's submit has options of its own
                 futures[executor.submit(partial(function, **point))] = text
-            except (
-                RuntimeError
-            ) as error:  # a broken or closed executor: what runs already may still finish
+            except RuntimeError as error:  # broken or closed: what already runs may still finish
                 yield text, partial(_fail, error)
         for future in as_completed(list(futures)):
             yield futures.pop(future), future.result
@@ -181,12 +164,27 @@ def _fail(error: Exception) -> None:
     raise error
 
 
-def _describe(function: Function, point: dict[str, Any]) -> str:
-    """One text for a function and its arguments, the same in every process."""
+def _described(
+    function: Function, points: Iterable[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The points by the text that names each."""
+    listed = list(points)
+    if isinstance(points, Mapping) or not all(isinstance(point, Mapping) for point in listed):
+        raise TypeError(
+            f"points must be an iterable of mappings from argument to value, got {points!r}"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for point in listed:
+        text = _describe(function, dict(point))
+        if text in found:
+            raise ValueError(f"points must differ, got {text} twice")
+        found[text] = dict(point)
+    return found
 
-    name = (
-        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<nameless>')}"
-    )
+
+def _describe(function: Function, point: dict[str, Any]) -> str:
+    """One text for svlib's version, a function and its arguments, the same in every process."""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "<none>")
     if "<" in name:  # two of them could have one name
         raise TypeError(f"function must be a function of a module, got {function!r}")
 
@@ -195,42 +193,50 @@ def _describe(function: Function, point: dict[str, Any]) -> str:
             return {"range": [value.start, value.stop, value.step]}
         raise TypeError(f"points must hold numbers, strings, None, lists or ranges, got {value!r}")
 
-    return json.dumps([name, point], default=plain, sort_keys=True)
+    return json.dumps([f"{module}.{name}", point, CODE], default=plain, sort_keys=True)
+
+
+def _checked(result: Any) -> xr.Dataset:
+    """The result, if it is a record and, where it says so, of this version of svlib."""
+    if not isinstance(result, xr.Dataset):
+        raise TypeError(f"function must return an xarray.Dataset, got {type(result).__name__}")
+    if (code := result.attrs.get("svlib", CODE)) != CODE:  # a worker with another installation
+        raise RuntimeError(f"workers must have svlib {CODE}, got a record of {code}")
+    return result
 
 
 def _key(content: str | bytes) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[
-        :32
-    ]
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _write(folder: Path, text: str, record: xr.Dataset) -> None:
-    # netCDF 3 has no integers beyond 32 bits
-    attributes = {
+    attributes = {  # netCDF 3 has no integers beyond 32 bits
         name: str(x) if isinstance(x, int) and abs(x) >= 2**31 else x
         for name, x in record.attrs.items()
     }
     content = bytes(record.assign_attrs(attributes | {_POINT: text}).to_netcdf(engine="scipy"))
-    name = f"{_key(text)}-{_key(content)}"
-    write_whole(folder / f"{name}.nc", content)
+    write_whole(folder / f"{_key(text)}-{_key(content)}.nc", content)
 
 
 def _load(folder: Path, text: str) -> xr.Dataset | None:
-    """The record of a point, or ``None`` if there is none that is whole and its own."""
+    """The record of a point; ``None`` if there is none that is undamaged and its own."""
     for path in sorted(folder.glob(f"{_key(text)}-*.nc")):
         content = path.read_bytes()
-        reason = "damaged" if path.stem != f"{_key(text)}-{_key(content)}" else ""
-        if not reason:
+        reason = "damaged"
+        if path.stem == f"{_key(text)}-{_key(content)}":
             try:
                 record = xr.load_dataset(content, engine="scipy")
             except (TypeError, ValueError, OSError):
                 record = xr.Dataset()
             if record.attrs.pop(_POINT, None) == text:
-                for name, x in record.attrs.items():
-                    record.attrs[name] = (
-                        int(x) if isinstance(x, str) and re.fullmatch(r"-?\d{10,}", x) else x
-                    )
-                return record
+                return record.assign_attrs(
+                    {
+                        name: int(x)
+                        for name, x in record.attrs.items()
+                        if isinstance(x, str) and re.fullmatch(r"-?\d{10,}", x)
+                    }
+                )
             reason = "not the record of this point"
         path.rename(path.with_suffix(".rejected"))
         warnings.warn(
