@@ -43,9 +43,13 @@ def provenance(device: torch.device, started: float) -> dict[str, str | float]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: what stood there stays until then."""
+    """Write a file under a temporary name, then rename it: what stood there stays until then.
+
+    Folders that are missing are made.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()

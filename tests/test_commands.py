@@ -1,4 +1,4 @@
-"""``python -m svlib probe`` and ``init``: what they write, and one line for everything that goes wrong."""
+"""``svlib probe`` and ``svlib init``: what they write, and one line for what goes wrong."""
 
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "masked.npz", x=np.random.default_rng(0).normal(size=(20, 6)), mask=mask)
     np.savez(tmp_path / "uneven.npz", x=np.ones((20, 6)), mask=mask[:3])
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
+    (tmp_path / "empty.pt").touch()
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -284,8 +285,8 @@ def test_init_writes_weights_that_probe_can_load(method: str) -> None:
             "'x' is not one of 'samples', 'units'",
         ),
         (
-            ["models_of_mine:instance", "--input", "6", "--html", "no/page.html"],
-            "No such file or directory",
+            ["models_of_mine:instance", "--input", "6", "--checkpoint", "empty.pt"],
+            "--checkpoint must hold a state dictionary, got empty.pt, empty",
         ),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
@@ -298,10 +299,29 @@ def test_one_line_for_bad_input(words: list[str], message: str) -> None:
     assert done.output.splitlines()[-1].startswith("Error: ")
 
 
-def test_a_warning_is_one_line() -> None:
-    Path("deep.py").write_text(
-        "from torch import nn\nmodel = nn.Sequential(*[x for _ in range(20) for x in (nn.Linear(40, 40), nn.ReLU())])"
+@pytest.mark.parametrize("command", ["probe --html", "init --output"])
+@pytest.mark.parametrize("target", [".", "empty.pt/file"])
+def test_targets_are_refused_before_anything_is_measured(command: str, target: str) -> None:
+    done = run(*command.split(), target, "models_of_mine:fails", "--input", "3")
+    assert done.exit_code == 2
+    assert "Invalid value for '--" in done.output
+    assert "KeyError" not in done.output
+
+
+def test_output_in_a_stream_that_has_no_greek() -> None:
+    deep = (
+        "from torch import nn\nmodel = nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 9))"
     )
+    Path("deep.py").write_text(deep)
+    done = CliRunner(charset="cp1252").invoke(main, ["probe", "deep.py:model", "--input", "9"])
+    assert done.exit_code == 0, done.exception
+    assert b"?" in done.stdout_bytes  # a sigma
+
+
+def test_a_warning_is_one_line() -> None:
+    layers = "x for _ in range(20) for x in (nn.Linear(40, 40), nn.ReLU())"
+    deep = f"from torch import nn\nmodel = nn.Sequential(*[{layers}])"
+    Path("deep.py").write_text(deep)
     done = run("init", "deep.py:model", "--input", "40", "--output", "deep.pt")
     assert done.exit_code == 0, done.output
     assert [

@@ -1,12 +1,13 @@
-"""Sweeps that are damaged, killed and resumed give the bytes of an undisturbed run; the command line on top of them."""
+"""Sweeps that are damaged, killed and resumed give the bytes of an undisturbed run; commands."""
 
+import itertools
 import multiprocessing
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,20 +20,19 @@ import xarray as xr
 from click.testing import CliRunner
 
 import svlib as sv
-from svlib import sweep
+from svlib import _files, sweep
 from svlib.__main__ import main
 
-FORK = multiprocessing.get_context(
-    "fork"
-)  # these functions use no threads, and need no import of torch again
+# processes that need not import torch each; unlike with fork, their parent has no threads
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
 
 
-def walk(seed: int, steps: int = 20, log: str = "", wait: float = 0.0) -> xr.Dataset:
+def walk(seed: int, steps: int = 20, log: str = "") -> xr.Dataset:
     """A result that depends on the point alone; every call adds a line to ``log``."""
     if log:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{seed}\n")
-    time.sleep(wait)
     numbers = np.random.default_rng(seed).normal(size=steps).cumsum()
     return xr.Dataset(
         {"walk": ("step", numbers), "up": ("step", numbers > 0)},
@@ -50,6 +50,7 @@ def contents(store: Path) -> dict[str, bytes]:
 
 
 POINTS = [{"seed": seed} for seed in range(12)]
+ENSEMBLE = {"width": 8, "depth": 2, "networks": 2, "samples": 4, "seed": 0, "progress": False}
 
 
 @pytest.fixture
@@ -73,17 +74,16 @@ def test_finished_points_are_read_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "executor",
-    [None, ThreadPoolExecutor(3), ProcessPoolExecutor(2, FORK)],
-    ids=["none", "threads", "processes"],
+    "pool",
+    [partial(ThreadPoolExecutor, 3), partial(ProcessPoolExecutor, 2, PROCESSES)],
+    ids=["threads", "processes"],
 )
 def test_any_executor_writes_the_same_bytes(
-    executor: Executor | None, tmp_path: Path, undisturbed: dict[str, bytes]
+    pool: Callable[[], Executor], tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    sweep.run(walk, POINTS, tmp_path / "store", executor)
+    with pool() as executor:
+        sweep.run(walk, POINTS, tmp_path / "store", executor)
     assert contents(tmp_path / "store") == undisturbed
-    if executor is not None:
-        executor.shutdown()
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
@@ -105,9 +105,8 @@ def test_damaged_record_is_named_and_redone(
 def test_foreign_record_is_named_and_redone(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     store = tmp_path / "undisturbed"
     mine, its = sorted(store.glob("*.nc"))[:2]
-    foreign = (
-        store / f"{mine.stem.split('-')[0]}-{its.stem.split('-')[1]}.nc"
-    )  # whole, under another's key
+    # whole, under another's key
+    foreign = store / f"{mine.stem.split('-')[0]}-{its.stem.split('-')[1]}.nc"
     foreign.write_bytes(its.read_bytes())
     mine.unlink()
     with pytest.warns(UserWarning, match=f"{foreign.name} is not the record of this point"):
@@ -133,10 +132,48 @@ def test_common_arguments_reach_every_call_and_name_no_point(
     sweep.run(walk, POINTS, tmp_path / "store", common={"log": str(log)})
     assert len(log.read_text().split()) == len(POINTS)
     assert contents(tmp_path / "store") == undisturbed
-    sweep.run(
-        walk, POINTS, tmp_path / "store", common={"log": str(log), "wait": 100.0}
-    )  # finished: read, not run
-    assert len(log.read_text().split()) == len(POINTS)
+    sweep.run(walk, POINTS, tmp_path / "store", common={"log": str(log), "unknown": 1})
+    assert len(log.read_text().split()) == len(POINTS)  # finished: read, not run
+
+
+def test_other_versions_have_records_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [{"seed": 1, "log": str(tmp_path / "log")}]
+    for code, calls in (("1.0 (a)", 1), ("1.0 (b)", 2), ("1.1 (a)", 3), ("1.0 (a)", 3)):
+        monkeypatch.setattr(sweep, "CODE", code)
+        sweep.run(walk, points, tmp_path / "store")
+        assert len((tmp_path / "log").read_text().split()) == calls
+
+
+def test_changed_sources_are_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "svlib"
+    shutil.copytree(Path(sv.__file__).parent, room, ignore=shutil.ignore_patterns("*.pyc"))
+    monkeypatch.setattr(_files, "__file__", str(room / "_files.py"))
+    assert _files._code() == _files.CODE
+    assert _files.CODE.startswith(sv.__version__)
+    maps = room / "theory" / "maps.py"
+    source = maps.read_bytes()
+    maps.write_bytes(source.replace(b"\n", b"\r\n"))  # as some checkouts have it
+    assert _files._code() == _files.CODE
+    maps.write_bytes(source + b"\nx = 1\n")
+    changed = _files._code()
+    maps.rename(room / "maps.py")
+    assert len({_files.CODE, changed, _files._code()}) == 3
+
+
+def of_another_version(seed: int) -> xr.Dataset:
+    return walk(seed).assign_attrs(svlib="0.0 (of a worker)")
+
+
+def test_workers_of_another_version_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"workers must have svlib .*, got a record of 0\.0"):
+        sweep.run(of_another_version, POINTS, tmp_path)
+    assert contents(tmp_path) == {}
+    (record,) = sweep.run(sv.simulate, [ENSEMBLE], tmp_path)
+    assert record.attrs["svlib"] == _files.CODE
 
 
 class Breaks(ThreadPoolExecutor):
@@ -206,94 +243,77 @@ def test_killed_worker(tmp_path: Path) -> None:
     """The pool is broken then: an error says so, and a second call does the rest."""
     points = [{"seed": seed, "flag": str(tmp_path / "flag")} for seed in range(6)]
     with (
-        ProcessPoolExecutor(2, FORK) as executor,
+        ProcessPoolExecutor(2, PROCESSES) as executor,
         pytest.raises(RuntimeError, match=r"of 6 points failed.*BrokenProcessPool"),
     ):
         sweep.run(dies_at_three, points, tmp_path / "store", executor)
-    with ProcessPoolExecutor(2, FORK) as executor:
+    with ProcessPoolExecutor(2, PROCESSES) as executor:
         sweep.run(dies_at_three, points, tmp_path / "store", executor)
     sweep.run(dies_at_three, points, tmp_path / "undisturbed")
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
-def test_run_killed_at_twenty_random_moments(tmp_path: Path) -> None:
-    """Each time some points further, at a random moment within the next ones."""
-    points = [{"seed": seed, "steps": 20_000, "wait": 0.004} for seed in range(60)]
-    sweep.run(walk, points, tmp_path / "undisturbed")
-    store = tmp_path / "store"
-    moments = random.Random(0)
-    kills, cut_short = 0, 0
-    while kills < 20:
-        run = FORK.Process(target=sweep.run, args=(walk, points, store))
-        run.start()
-        target = len(contents(store)) + moments.randint(0, 8)
-        while run.is_alive() and len(contents(store)) < target:
-            time.sleep(0.001)
-        run.join(moments.uniform(0, 0.01))
-        if run.is_alive():
-            run.kill()
-            kills += 1
-        run.join()
-        finished = len(contents(store))
-        cut_short += 0 < finished < 60
-        if finished == 60:  # begin again
-            assert contents(store) == contents(tmp_path / "undisturbed")
-            for path in store.iterdir():
-                path.unlink()
-    assert cut_short > 10
-    sweep.run(walk, points, store)
-    assert contents(store) == contents(tmp_path / "undisturbed")
+def run_killed_at(store: Path, call: str, count: int) -> None:
+    """A run that gets SIGKILL at the given call of ``os.fsync`` or ``os.replace``."""
+    original, counter = getattr(os, call), itertools.count(1)
+
+    def watched(*arguments: Any) -> Any:
+        if next(counter) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    setattr(os, call, watched)
+    sweep.run(walk, POINTS, store)
 
 
+def test_killed_runs_go_on(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    """Killed while it writes a record's content, or before its name; each run goes on."""
+    store, finished = tmp_path / "store", 0
+    for call, count in (("fsync", 1), ("replace", 1), ("fsync", 4), ("replace", 5)):
+        process = PROCESSES.Process(target=run_killed_at, args=(store, call, count))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        finished += count - 1
+        assert len(contents(store)) == finished
+        assert contents(store).items() <= undisturbed.items()
+    sweep.run(walk, POINTS, store)
+    assert contents(store) == undisturbed
+
+
+def simulate_or_die(flag: str, **point: Any) -> xr.Dataset:
+    """A simulation, but that the first call ends its process."""
+    try:
+        Path(flag).touch(exist_ok=False)
+    except FileExistsError:
+        return sv.simulate(**point)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.slow
 def test_dask_cluster_with_a_killed_worker(tmp_path: Path) -> None:
-    """Simulations on real worker processes, one of which is killed: the numbers are those of a run in this process."""
+    """Simulations on worker processes, one of which dies: the numbers are those of this one."""
     distributed = pytest.importorskip("distributed")
-    points = [
-        {
-            "width": 40,
-            "depth": 20,
-            "networks": range(start, start + 5),
-            "samples": 10,
-            "seed": 1,
-            "progress": False,
-        }
-        for start in range(0, 100, 5)
-    ]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as Dask's workers have
-    here = sweep.run(sv.simulate, points, tmp_path / "here")
-    torch.set_num_threads(threads)
+    points = [ENSEMBLE | {"networks": range(start, start + 5)} for start in range(0, 40, 5)]
+    flag = tmp_path / "flag"
     with (
         distributed.LocalCluster(
             2, threads_per_worker=1, processes=True, dashboard_address=None
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
-        processes = client.run(os.getpid)
-        killed = False
-
-        def kill_one(*unused: Any) -> None:
-            nonlocal killed
-            if not killed:
-                killed = True
-                os.kill(next(iter(processes.values())), signal.SIGKILL)
-
-        executor = client.get_executor()
-        submit = executor.submit
-
-        def submit_and_kill(*arguments: Any, **options: Any) -> Any:
-            future = submit(*arguments, **options)
-            future.add_done_callback(kill_one)  # when the first point is finished
-            return future
-
-        executor.submit = submit_and_kill
-        there = sweep.run(sv.simulate, points, tmp_path / "there", executor)
-        assert killed
-        assert set(client.run(os.getpid).values()) != set(processes.values())
+        before = set(client.run(os.getpid).values())
+        executor, common = client.get_executor(), {"flag": str(flag)}
+        there = sweep.run(simulate_or_die, points, tmp_path / "there", executor, common=common)
+        assert set(client.run(os.getpid).values()) != before
+    assert flag.exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Dask's workers have
+    here = sweep.run(sv.simulate, points, tmp_path / "here")
+    torch.set_num_threads(threads)
     for a, b in zip(here, there, strict=True):
-        assert a.network.values.tobytes() == b.network.values.tobytes()
-        for name in a.data_vars:
-            assert a[name].values.tobytes() == b[name].values.tobytes()
+        assert a.drop_attrs().identical(b.drop_attrs())
 
 
 @pytest.mark.parametrize(
@@ -322,30 +342,17 @@ def test_function_must_return_a_record(tmp_path: Path) -> None:
         sweep.run(int, [{}], tmp_path)  # type: ignore[arg-type]
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(main, arguments)
+def invoke(words: str, *more: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [*words.split(), *more])
     return result.exit_code, result.output
 
 
 def test_command_line_simulates(tmp_path: Path) -> None:
-    output = tmp_path / "record.nc"
-    common = [
-        "simulate",
-        "20",
-        "--depth",
-        "5",
-        "--networks",
-        "7",
-        "--samples",
-        "6",
-        "--seed",
-        "3",
-        "--block",
-        "3",
-    ]
-    code, text = invoke(
-        *common, "--output", str(output), "--dtype", "float64", "--activation", "linear"
-    )
+    output = tmp_path / "new" / "record.nc"
+    store = output.with_name("record.nc.store")
+    common = "simulate 20 --depth 5 --networks 7 --samples 6 --seed 3 --block 3"
+    double = f"{common} --dtype float64 --activation linear"
+    code, text = invoke(double, "--output", str(output))
     assert code == 0, text
     record = xr.load_dataset(output)
     direct = sv.simulate(20, 5, networks=7, samples=6, seed=3, dtype="float64", activation="linear")
@@ -354,38 +361,22 @@ def test_command_line_simulates(tmp_path: Path) -> None:
     assert list(record.network) == list(range(7))
     assert record.attrs["networks"] == 7
 
-    code, text = invoke(*common, "--output", str(output))
+    code, text = invoke(common, "--output", str(output))
     assert code == 1
     assert text.startswith("Error: store must be empty without --resume")
     assert text.count("\n") == 1
-    code, text = invoke(*common, "--output", str(output), "--store", str(tmp_path / "new"))
+    code, text = invoke(common, "--output", str(output), "--store", str(tmp_path / "other"))
     assert code == 1
     assert "output must not exist without --resume" in text
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "record.nc.store").iterdir()}
-    code, text = invoke(
-        *common, "--output", str(output), "--dtype", "float64", "--activation", "linear", "--resume"
-    )
+    before = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    code, text = invoke(double, "--output", str(output), "--resume")
     assert code == 0
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "record.nc.store").iterdir()
-    }
+    assert before == {path: path.stat().st_mtime_ns for path in store.iterdir()}
 
 
 def test_command_line_sweeps(tmp_path: Path) -> None:
     output = tmp_path / "widths.nc"
-    code, text = invoke(
-        "sweep",
-        "20:8",
-        "40:4",
-        "--depth",
-        "5",
-        "--samples",
-        "6",
-        "--block",
-        "3",
-        "--output",
-        str(output),
-    )
+    code, text = invoke("sweep 20:8 40:4 --depth 5 --samples 6 --block 3 --output", str(output))
     assert code == 0, text
     record = xr.load_dataset(output)
     for width, networks in ((20, 8), (40, 4)):
@@ -398,51 +389,58 @@ def test_command_line_sweeps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["simulate", "0", "--output", "x.nc"], "width must be at least 1, got 0"),
-        (["simulate", "4", "--output", "x.nc", "--device", "toaster"], "device must be one of"),
-        (
-            ["simulate", "4", "--output", "x.nc", "--activation", "gelu"],
-            "activation must be one of",
-        ),
-        (["sweep", "30", "--output", "x.nc"], "must be different widths like 30:400, got 30"),
-        (["sweep", "30:0", "--output", "x.nc"], "must be different widths like 30:400, got 30:0"),
-        (["sweep", "30:4", "30:5", "--output", "x.nc"], "must be different widths"),
-        (["sweep", "--output", "x.nc"], "Missing argument"),
-        (["simulate", "4"], "Missing option '--output'"),
+        ("simulate 0 --output x.nc", "width must be at least 1, got 0"),
+        ("simulate 4 --output x.nc --device toaster", "device must be one of"),
+        ("simulate 4 --output x.nc --activation gelu", "activation must be one of"),
+        ("simulate 4 --output .", "is a directory"),
+        ("simulate 4 --output file/x.nc", "is no folder to write to"),
+        ("train digits --output .", "is a directory"),
+        ("train digits --download", "--download must come with cifar10 and --data"),
+        ("sweep 30 --output x.nc", "must be different widths like 30:400, got 30"),
+        ("sweep 30:0 --output x.nc", "must be different widths like 30:400, got 30:0"),
+        ("sweep 30:4 30:5 --output x.nc", "must be different widths"),
+        ("sweep --output x.nc", "Missing argument"),
+        ("simulate 4", "Missing option '--output'"),
     ],
 )
 def test_command_line_errors(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, text = invoke(*arguments)
+    Path("file").touch()
+    code, text = invoke(arguments)
     assert code != 0
     assert message in text
     assert "Traceback" not in text
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    "words", ["simulate 4 --output x.nc", "train digits", "probe torch.nn:Identity --input 3"]
+)
+def test_a_device_that_is_not_there_is_one_short_line(words: str) -> None:
+    code, text = invoke(words, "--device", "cuda")
+    assert code == 1
+    assert text.startswith("Error: device must be one of ['cpu'] here, got 'cuda'")
+    assert len(text) < 150
+
+
+def test_help_and_version() -> None:
+    assert invoke("--version") == (0, f"svlib {sv.__version__}\n")
+    for name in ("", *main.commands):
+        code, text = invoke(name, "--help")
+        assert code == 0
+        assert "`" not in text
+
+
+@pytest.mark.slow
 def test_module_runs(tmp_path: Path) -> None:
-    call = [
-        sys.executable,
-        "-m",
-        "svlib",
-        "simulate",
-        "8",
-        "--networks",
-        "4",
-        "--samples",
-        "3",
-        "--depth",
-        "2",
-        "--block",
-        "2",
-    ]
+    words = "-m svlib simulate 8 --networks 4 --samples 3 --depth 2 --block 2 --workers 2 --output"
     output = tmp_path / "two.nc"
     done = subprocess.run(
-        [*call, "--workers", "2", "--output", output], capture_output=True, text=True, check=False
+        [sys.executable, *words.split(), output], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(output))
-    np.testing.assert_allclose(
-        xr.load_dataset(output).v2, sv.simulate(8, 2, networks=4, samples=3, seed=0).v2, rtol=1e-5
-    )
+    expected = sv.simulate(8, 2, networks=4, samples=3, seed=0)
+    np.testing.assert_allclose(xr.load_dataset(output).v2, expected.v2, rtol=1e-5)
