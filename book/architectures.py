@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import svlib as sv
+from svlib.probing.models import weighted_layers
 import torch
 import xarray as xr
 from sklearn import datasets
@@ -271,11 +272,10 @@ def supported(model: nn.Module, batch: Any) -> tuple[str, str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of probe; the numbers say it
         try:
-            table = sv.probe(model, batch)
+            found = sv.explain(model, batch)
         except ValueError as error:
             return "only by layers='all'", "no", f"no: {error}"
-        layers = len(sv.probing.weighted_layers(model))
-        found = sv.explain(table)
+        layers = len(weighted_layers(model))
         followed = int((found.theory.start == "").sum())
         reasons = set(found.theory.start) - {"", "input"}
         without = f"; not {', '.join(sorted(reasons))}" if reasons else ""
@@ -287,8 +287,8 @@ def supported(model: nn.Module, batch: Any) -> tuple[str, str, str]:
         except ValueError as error:
             repaired = f"no: {error}"
     return (
-        f"{len(table)} of {layers}",
-        f"{followed} of {len(table)}{without}",
+        f"{len(found.table)} of {layers}",
+        f"{followed} of {len(found.table)}{without}",
         repaired,
     )
 
