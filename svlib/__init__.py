@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib import plot as plot
     from svlib import sweep as sweep
     from svlib import theory as theory
+    from svlib.experiments import comparison as comparison
     from svlib.experiments import data as data
     from svlib.experiments import networks as networks
     from svlib.experiments import training as training
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
 
 _MODULES = {  # room: modules that are reached by their own name
     "svlib": ["plot", "sweep", "theory"],
-    "svlib.experiments": ["data", "networks", "training"],
+    "svlib.experiments": ["comparison", "data", "networks", "training"],
     "svlib.probing": ["diagnosis", "init", "report"],
 }
 _NAMES = {  # module: its names that svlib has too

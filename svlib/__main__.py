@@ -23,6 +23,7 @@ from tqdm import tqdm
 from svlib import _check, simulation, sweep
 from svlib._files import provenance, write_whole
 from svlib.experiments import data, training
+from svlib.experiments.task import Task
 from svlib.probing import init as repair
 from svlib.probing import report
 from svlib.probing.diagnosis import explain
@@ -257,11 +258,11 @@ def train(
         )
         # what is missing shows before the sweep; runs on other data or another device are other
         # points of the store
-        source = training.source(points[0]["experiment"], folder=folder, device=device)
+        sha256 = Task.load(points[0]["experiment"], folder, device).split.sha256
     except (TypeError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     place = None if folder is None else str(folder)
-    points = [point | {"device": device, "source": source} for point in points]
+    points = [point | {"device": device, "sha256": sha256} for point in points]
     common = {"folder": place, "checkpoints": str(store / "checkpoints")}
     records = _swept(training.run, points, output=output, store=store, common=common, **options)
     try:
