@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import svlib as sv
+from svlib.probing.models import weighted_layers
 import torch
 import xarray as xr
 from sklearn import datasets
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-with warnings.catch_warnings(action="ignore"):  # in a notebook its import warns
+with warnings.catch_warnings(
+    action="ignore"
+):  # in a notebook its import warns
     import transformers
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -79,7 +82,9 @@ def vit() -> nn.Module:
         "intermediate_size": 128,
         "num_labels": 10,
     }
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes)
+    )
 
 
 def gpt2() -> nn.Module:
@@ -93,7 +98,9 @@ def gpt2() -> nn.Module:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes)
+    )
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
@@ -147,10 +154,14 @@ def batches(name: str, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     digits, read = sv.data.digits(), texts()
     for _ in range(STEPS):
         if name == "GPT-2":
-            rows = torch.randint(len(read), (BATCH,), generator=generator)
+            rows = torch.randint(
+                len(read), (BATCH,), generator=generator
+            )
             yield {"input_ids": read[rows], "labels": read[rows]}
         else:
-            rows = torch.randint(len(digits.images), (BATCH,), generator=generator)
+            rows = torch.randint(
+                len(digits.images), (BATCH,), generator=generator
+            )
             yield {
                 "pixel_values": digits.images[rows],
                 "labels": digits.labels[rows],
@@ -171,7 +182,9 @@ def train(
         repair(model, calibration(architecture))
     optimizer: torch.optim.Optimizer
     if architecture.startswith("ResNet"):
-        optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            model.parameters(), learning_rate, momentum=0.9
+        )
     else:
         optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     losses = np.full(steps, np.nan)
@@ -201,7 +214,11 @@ def points() -> list[dict[str, Any]]:
         }
         for architecture in ARCHITECTURES
         for initialization in REPAIRS
-        for rate in (SGD_RATES if architecture.startswith("ResNet") else ADAM_RATES)
+        for rate in (
+            SGD_RATES
+            if architecture.startswith("ResNet")
+            else ADAM_RATES
+        )
         for seed in range(SEEDS)
     ]
 
@@ -210,7 +227,9 @@ def zoo() -> dict[str, tuple[nn.Module, Any]]:
     """Small models of sixteen kinds, with random weights and a batch for each."""
     images = sv.data.gaussian(8, 3, 32, 32, seed=0)
     tokens = sv.data.gaussian(8, 6, 24, seed=0)
-    words = torch.randint(90, (8, 12), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(
+        90, (8, 12), generator=torch.Generator().manual_seed(0)
+    )
     ids, pairs = (
         {"input_ids": words},
         {"input_ids": words, "decoder_input_ids": words},
@@ -221,11 +240,28 @@ def zoo() -> dict[str, tuple[nn.Module, Any]]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    of_text = small | {"vocab_size": 100, "eos_token_id": 2, "bos_token_id": 1}
+    of_text = small | {
+        "vocab_size": 100,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
     of_images = small | {"image_size": 32, "patch_size": 8}
-    stages: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [2, 2]}
-    swin: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
-    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    stages: dict[str, Any] = {
+        "hidden_sizes": [16, 32],
+        "depths": [2, 2],
+    }
+    swin: dict[str, Any] = {
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+    }
+    t5 = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     clip: dict[str, Any] = {
         "text_config": of_text | {"pad_token_id": 0},
         "vision_config": of_images,
@@ -242,26 +278,49 @@ def zoo() -> dict[str, tuple[nn.Module, Any]]:
         torch.manual_seed(0)
         return {
             "MLP": (
-                sv.networks.mlp(24, width=100, depth=9, outputs=9, seed=0),
+                sv.networks.mlp(
+                    24, width=100, depth=9, outputs=9, seed=0
+                ),
                 tokens,
             ),
             "ALL-CNN-C": (sv.networks.all_cnn_c(12, seed=0), images),
-            "U-Net": (sv.networks.UNet(8, levels=2, seed=0), images[:, :1]),
-            "ResNet": (made("ResNet", embedding_size=8, **stages), images),
-            "ConvNeXt": (made("ConvNext", num_stages=2, **stages), images),
+            "U-Net": (
+                sv.networks.UNet(8, levels=2, seed=0),
+                images[:, :1],
+            ),
+            "ResNet": (
+                made("ResNet", embedding_size=8, **stages),
+                images,
+            ),
+            "ConvNeXt": (
+                made("ConvNext", num_stages=2, **stages),
+                images,
+            ),
             "MobileNetV2": (made("MobileNetV2", image_size=32), images),
             "ViT": (made("ViT", **of_images), images),
             "Swin": (
-                made("Swin", image_size=32, patch_size=2, window_size=4, **swin),
+                made(
+                    "Swin",
+                    image_size=32,
+                    patch_size=2,
+                    window_size=4,
+                    **swin,
+                ),
                 images,
             ),
             "BERT": (made("Bert", **of_text), ids),
             "GPT-2": (gpt2(), ids),
             "Llama": (made("Llama", **of_text), ids),
             "T5": (made("T5", vocab_size=100, **t5), pairs),
-            "CLIP": (made("CLIP", **clip), ids | {"pixel_values": images}),
+            "CLIP": (
+                made("CLIP", **clip),
+                ids | {"pixel_values": images},
+            ),
             "Mamba": (made("Mamba", **of_text), ids),
-            "torch's Transformer": (nn.TransformerEncoder(layer, 2), tokens),
+            "torch's Transformer": (
+                nn.TransformerEncoder(layer, 2),
+                tokens,
+            ),
             "torch's LSTM": (nn.LSTM(24, 32, batch_first=True), tokens),
         }
 
@@ -269,16 +328,19 @@ def zoo() -> dict[str, tuple[nn.Module, Any]]:
 def supported(model: nn.Module, batch: Any) -> tuple[str, str, str]:
     """What probe, explain and sample_ can do with a model, in words."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of probe; the numbers say it
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of probe; the numbers say it
         try:
-            table = sv.probe(model, batch)
+            found = sv.explain(model, batch)
         except ValueError as error:
             return "only by layers='all'", "no", f"no: {error}"
-        layers = len(sv.probing.weighted_layers(model))
-        found = sv.explain(table)
+        layers = len(weighted_layers(model))
         followed = int((found.theory.start == "").sum())
         reasons = set(found.theory.start) - {"", "input"}
-        without = f"; not {', '.join(sorted(reasons))}" if reasons else ""
+        without = (
+            f"; not {', '.join(sorted(reasons))}" if reasons else ""
+        )
         try:
             counts = sv.init.sample_(model, batch).done.value_counts()
             repaired = ", ".join(
@@ -287,8 +349,8 @@ def supported(model: nn.Module, batch: Any) -> tuple[str, str, str]:
         except ValueError as error:
             repaired = f"no: {error}"
     return (
-        f"{len(table)} of {layers}",
-        f"{followed} of {len(table)}{without}",
+        f"{len(found.table)} of {layers}",
+        f"{followed} of {len(found.table)}{without}",
         repaired,
     )
 
@@ -297,7 +359,9 @@ def main() -> None:
     """Run what is missing and write the table: the mean loss of the last 40 steps,
     not a number where a run diverged."""
     store = (
-        Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "architectures.store"
+        Path(sys.argv[1])
+        if len(sys.argv) > 1
+        else RESULTS / "architectures.store"
     )
     with sv.sweep.processes(2) as executor:
         records = sv.sweep.run(train, points(), store, executor)
@@ -313,24 +377,37 @@ def main() -> None:
     )
 
 
-def best(table: pd.DataFrame) -> pd.DataFrame:
-    """Of every architecture and initialization the rate with the lowest mean loss over
-    seeds: the rate, the loss, its standard error, and whether the rate is at the edge."""
-    runs = table.groupby(
-        ["architecture", "initialization", "learning_rate"], sort=False
-    )
-    found = runs.loss.agg(
-        loss=lambda x: x.mean(skipna=False),
-        error=lambda x: x.std(ddof=1) / len(x) ** 0.5,
-    ).reset_index()
-    rows = found.groupby(
-        ["architecture", "initialization"], sort=False
-    ).loss.idxmin()
-    chosen = found.loc[rows]
-    grid = table.groupby("architecture").learning_rate.agg(["min", "max"])
-    edges = grid.loc[chosen.architecture].to_numpy()
-    at_edge = (edges == chosen.learning_rate.to_numpy()[:, None]).any(1)
-    return chosen.assign(at_edge=at_edge).reset_index(drop=True)
+def losses() -> xr.DataArray:
+    """The stored record: (architecture, initialization, learning_rate, seed), NaN where a
+    rate was not tried, infinite where a run diverged."""
+    runs = pd.read_csv(RESULTS / "architectures.csv")
+    keys = ["architecture", "initialization", "learning_rate", "seed"]
+    runs["loss"] = runs.loss.fillna(np.inf)
+    found: xr.DataArray = runs.set_index(keys).loss.to_xarray()
+    return found
+
+
+def best(losses: xr.DataArray) -> pd.DataFrame:
+    """Best rates of every architecture, as :func:`svlib.comparison.best_rates` finds them,
+    by architecture and initialization."""
+    tables = {
+        name: sv.comparison.best_rates(losses.sel(architecture=name))
+        for name in ARCHITECTURES
+    }
+    return pd.concat(tables)
+
+
+def lines(best: pd.DataFrame) -> list[tuple[str, ...]]:
+    """One line per architecture: its loss, standard error and rate for every start."""
+    told = []
+    for name in ARCHITECTURES:
+        found = [best.loc[(name, start)] for start in REPAIRS]
+        texts = [
+            f"{row.loss:.2f} ± {row.error:.2f} at {row.learning_rate:g}"
+            for row in found
+        ]
+        told.append((name, *texts))
+    return told
 
 
 if __name__ == "__main__":

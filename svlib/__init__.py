@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib import plot as plot
     from svlib import sweep as sweep
     from svlib import theory as theory
+    from svlib.experiments import comparison as comparison
     from svlib.experiments import data as data
     from svlib.experiments import networks as networks
     from svlib.experiments import training as training
@@ -20,11 +21,11 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib.moments import Moments as Moments
     from svlib.moments import decompose as decompose
     from svlib.pairs import simulate_angles as simulate_angles
-    from svlib.probing import explanation as explanation
+    from svlib.probing import diagnosis as diagnosis
     from svlib.probing import init as init
     from svlib.probing import report as report
-    from svlib.probing.explanation import Explanation as Explanation
-    from svlib.probing.explanation import explain as explain
+    from svlib.probing.diagnosis import Explanation as Explanation
+    from svlib.probing.diagnosis import explain as explain
     from svlib.probing.probe import Probe as Probe
     from svlib.probing.probe import probe as probe
     from svlib.probing.probe import probe_gradients as probe_gradients
@@ -34,15 +35,15 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
 
 _MODULES = {  # room: modules that are reached by their own name
     "svlib": ["plot", "sweep", "theory"],
-    "svlib.experiments": ["data", "networks", "training"],
-    "svlib.probing": ["explanation", "init", "report"],
+    "svlib.experiments": ["comparison", "data", "networks", "training"],
+    "svlib.probing": ["diagnosis", "init", "report"],
 }
 _NAMES = {  # module: its names that svlib has too
     "svlib.moments": ["Decomposition", "Moments", "decompose"],
     "svlib.pairs": ["simulate_angles"],
     "svlib.simulation": ["sample_preactivations", "simulate", "summarize"],
     "svlib.probing.probe": ["Probe", "probe", "probe_gradients"],
-    "svlib.probing.explanation": ["Explanation", "explain"],
+    "svlib.probing.diagnosis": ["Explanation", "explain"],
 }
 __version__ = _version("svlib")
 

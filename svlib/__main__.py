@@ -16,6 +16,7 @@ from svlib import simulation, sweep
 from svlib._command import DEVICE, Target, with_options
 from svlib._files import write_whole
 from svlib.experiments import data, training
+from svlib.experiments.task import Task
 from svlib.probing import command
 
 _OUTPUT = [click.option("--output", type=Target(), required=True, help="netCDF file to write.")]
@@ -185,10 +186,10 @@ def train(
         points = training.grid(dataset, scale, **chosen)
         # before the sweep, which would report missing data point by point; in the points, because
         # runs on other data or another device are other runs
-        source = training.source(points[0]["experiment"], folder=folder, device=device)
+        sha256 = Task.load(points[0]["experiment"], folder, device).split.sha256
     except (TypeError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    points = [point | {"device": device, "source": source} for point in points]
+    points = [point | {"device": device, "sha256": sha256} for point in points]
     common = {
         "folder": None if folder is None else str(folder),
         "checkpoints": str(store / "checkpoints"),

@@ -51,7 +51,7 @@ class Decomposition:
     squared_mean: Array
     variance: Array
     largest: Array
-    inputs: int
+    samples: int
 
     @cached_property
     def m2(self) -> Array:
@@ -67,6 +67,10 @@ class Decomposition:
     def sigma2(self) -> Array:
         """sigma^2 = m^2 + v^2, which is exactly the mean square of the preactivations."""
         return np.asarray(self.m2 + self.v2)
+
+    @property
+    def fraction(self) -> Array:
+        return _divide(self.v2, self.sigma2)
 
     @property
     def m(self) -> Array:
@@ -212,7 +216,7 @@ class Moments:
             squared_mean=(self._mean.square() - variance_of_mean).cpu().numpy(),
             variance=(self._within / self._inputs + variance_of_mean).cpu().numpy(),
             largest=self._largest.cpu().numpy(),
-            inputs=self._inputs,
+            samples=self._inputs,
         )
 
 

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 import svlib as sv
 from svlib.__main__ import main
+from svlib.probing.rows import POSITIONS
 
 CODE = """
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def test_probe_equals_the_function() -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models_of_mine.Tokens().eval()
-    for positions in sv.probing.POSITIONS:
+    for positions in POSITIONS:
         shown = run(*tokens, positions).output
         table = sv.probe(
             model, torch.from_numpy(np.load("ids.npy")), layers="all", positions=positions

@@ -1,7 +1,9 @@
-"""Theory along a model's calls against closed forms and measurements, and the diagnosis against models made to be ill."""
+"""Theory along a model's calls against closed forms and measurements, and the diagnosis against
+models made to be ill."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
+from svlib.probing import operations as ops
+from svlib.probing.along import Signal, follow, gradient_growth
 from svlib.probing.calls import Call
-from svlib.probing.explanation import Signal, follow, gradient_growth
 from tests import models
 from tests.models import gaussian
 
@@ -20,7 +23,7 @@ WIDTH = 1200
 
 
 def kinds(model: nn.Module, batch: object) -> dict[str, str]:
-    return {finding.kind: str(finding) for finding in sv.explain(sv.probe(model, batch)).findings}
+    return {finding.kind: str(finding) for finding in sv.explain(model, batch).findings}
 
 
 def wide(*layers: nn.Module, variance: float = 2 / WIDTH) -> nn.Sequential:
@@ -38,15 +41,15 @@ def agree(explanation: sv.Explanation) -> None:
     expected, found = explanation.theory, explanation.table
     spread = np.sqrt(5 * np.arange(1, len(found) + 1) / WIDTH)
     assert (np.abs(expected.sigma2 / found.sigma2 - 1) < 3 * spread).all()
-    np.testing.assert_allclose(expected.v2_fraction, found.v2_fraction, atol=0.04)
+    np.testing.assert_allclose(expected.fraction, found.fraction, atol=0.04)
 
 
 def test_theory_of_a_relu_network_is_the_trajectory() -> None:
     model = sv.networks.mlp(100, width=50, depth=20, outputs=50, seed=0)
-    theory = sv.explain(sv.probe(model, gaussian(40, 100))).theory
+    theory = sv.explain(model, gaussian(40, 100)).theory
     assert theory.start.tolist() == ["input"] + [""] * 19
     expected = sv.theory.trajectory(19, rho0=float(theory.m2[0] / theory.sigma2[0]))
-    np.testing.assert_allclose(theory.v2_fraction, expected.v2, rtol=1e-5)
+    np.testing.assert_allclose(theory.fraction, expected.v2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_theory_meets_a_wide_network(activation: nn.Module, norm: nn.Module) -> 
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.bias, 0.0, 0.3, generator=generator)
-    explanation = sv.explain(sv.probe(model, gaussian(100, WIDTH, seed=9)))
+    explanation = sv.explain(model, gaussian(100, WIDTH, seed=9))
     assert (explanation.theory.start[1:] == "").all()
     agree(explanation)
 
@@ -76,10 +79,10 @@ def test_theory_of_a_norm_behind_the_activation() -> None:
     """It takes away the mean over units that ReLU has made, as well as the scale."""
     block = (nn.ReLU(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
     model = wide(nn.Linear(WIDTH, WIDTH), *(part for _ in range(3) for part in block))
-    explanation = sv.explain(sv.probe(model, gaussian(100, WIDTH, seed=9)))
+    explanation = sv.explain(model, gaussian(100, WIDTH, seed=9))
     assert (explanation.theory.start[1:] == "").all()
     agree(explanation)
-    assert explanation.theory.v2_fraction[1] > 0.9  # 0.68 without the norm
+    assert explanation.theory.fraction[1] > 0.9  # 0.68 without the norm
 
 
 class Sums(nn.Module):
@@ -96,11 +99,11 @@ class Sums(nn.Module):
 
 
 def test_theory_of_residual_sums() -> None:
-    explanation = sv.explain(sv.probe(Sums(), gaussian(100, WIDTH, seed=9)))
+    explanation = sv.explain(Sums(), gaussian(100, WIDTH, seed=9))
     assert (explanation.theory.start[1:] == "").all()
     agree(explanation)
     trunk = sv.theory.trajectory(2, residual=0.25).rho[2]  # the last branch has C of it
-    assert explanation.theory.v2_fraction[3] == pytest.approx(
+    assert explanation.theory.fraction[3] == pytest.approx(
         1 - sv.theory.maps.correlation(float(trunk)), abs=0.005
     )
 
@@ -120,56 +123,73 @@ class Dependent(nn.Module):
 
 
 def test_dependent_signals_are_no_sum_of_independent_ones() -> None:
-    explanation = sv.explain(sv.probe(Dependent(), gaussian(50, WIDTH)))
+    explanation = sv.explain(Dependent(), gaussian(50, WIDTH))
     assert explanation.theory.start.tolist() == ["input", "", "add of dependent signals"]
 
 
-def test_theory_of_every_call() -> None:
-    signal = Signal(3.0, 1.0, 0.0)
-    weights = {"gain": 2.0, "bias2": 0.5, "bias_mean2": 0.1}
-    shift = {"beta2": 1.0, "beta_mean2": 0.2, "gamma2": 4.0, "eps": 0.0}
-    for call, expected in (
-        (Call("linear", (0,), weights), (6.5, 2.5, 0.1)),
-        (Call("conv_transpose2d", (0,), weights | {"phases": 4.0}), (6.5, 1.0, 0.1)),
-        (Call("batch_norm", (0,), shift), (5.0, 1.0, 0.2)),
-        (
-            Call("batch_norm", (0,), {"scale2": 2.0, "shift2": 1.0, "shift_mean2": 0.2}),
-            (7.0, 3.0, 0.2),
-        ),
-        (Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0}), (4.0, 4 / 3, 0.0)),
-        (
-            Call("layer_norm", (0,), shift | {"beta2": 0.0, "beta_mean2": 0.0, "eps": 1.0}),
-            (3.0, 1.0, 0.0),
-        ),
-        (Call("dropout", (0,), {"keep": 0.5}), (6.0, 1.0, 0.0)),
-        (Call("mul", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), (12.0, 4.0, 0.0)),
-        (Call("add", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), (7.0, 5.0, 4.0)),
-        (Call("view", (0,)), signal),
-        (Call("leaky_relu", (0,), {"slope": 1.0}), signal),
-    ):
-        assert follow(call, [signal]) == pytest.approx(expected), call
-    behind_relu = Signal(3.0, 1.0, 0.5)
-    plain = {"gamma2": 1.0, "beta2": 0.0, "beta_mean2": 0.0, "eps": 0.0}
-    assert follow(Call("layer_norm", (0,), plain), [behind_relu]) == pytest.approx((1.0, 0.2, 0.0))
-    assert follow(Call("rms_norm", (0,), plain), [behind_relu]) == pytest.approx(
-        (1.0, 1 / 3, 1 / 6)
-    )
-    assert follow(Call("relu", (0,)), [Signal(2.0, 0.0, 0.0)]) == pytest.approx(
-        (1.0, 1 / math.pi, 1 / math.pi)
-    )
-    assert follow(Call("add", (0, 1)), [signal, Signal(1.0, 0.5, 0.2)]) == pytest.approx(
-        (4.0, 1.5, 0.2)
-    )
-    beyond: list[tuple[Call, list[Signal | None]]] = [
-        (Call("relu", (0,)), [Signal(3.0, 1.0, 1.0)]),  # no Gaussian
-        (Call("softmax", (0,)), [signal]),
-        (Call("relu", (0,)), [None]),
-        (Call("add", (0, 1)), [behind_relu, behind_relu]),  # means meet
-        (Call("add", (0,), {"constant2": 4.0, "constant_mean2": 4.0}), [behind_relu]),
-        (Call("add of dependent signals", (0, 1)), [signal, signal]),
-    ]
-    for call, signals in beyond:
-        assert follow(call, signals) is None
+SIGNAL = Signal(3.0, 1.0, 0.0)
+BEHIND_RELU = Signal(3.0, 1.0, 0.5)
+SHIFT = ops.Constant(1.0, 0.2)
+FOUR = ops.Constant(4.0, 4.0)
+BIASED = ops.Weights(2.0, ops.Constant(0.5, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("operation", "before", "expected"),
+    [
+        (BIASED, [SIGNAL], (6.5, 2.5, 0.1)),
+        (replace(BIASED, phases=4.0), [SIGNAL], (6.5, 1.0, 0.1)),
+        (ops.Normalize("batch_norm", 4.0, SHIFT), [SIGNAL], (5.0, 1.0, 0.2)),
+        (ops.Affine(2.0, SHIFT), [SIGNAL], (7.0, 3.0, 0.2)),
+        (ops.Normalize("layer_norm", 4.0), [SIGNAL], (4.0, 4 / 3, 0.0)),
+        (ops.Normalize("layer_norm", 4.0, eps=1.0), [SIGNAL], (3.0, 1.0, 0.0)),
+        (ops.Dropout(0.5), [SIGNAL], (6.0, 1.0, 0.0)),
+        (ops.Affine(4.0), [SIGNAL], (12.0, 4.0, 0.0)),
+        (ops.Affine(shift=FOUR), [SIGNAL], (7.0, 5.0, 4.0)),
+        (ops.Move(), [SIGNAL], SIGNAL),
+        (ops.Relu(1.0), [SIGNAL], SIGNAL),
+        (ops.Normalize("layer_norm"), [BEHIND_RELU], (1.0, 0.2, 0.0)),
+        (ops.Normalize("rms_norm"), [BEHIND_RELU], (1.0, 1 / 3, 1 / 6)),
+        (ops.Relu(), [Signal(2.0, 0.0, 0.0)], (1.0, 1 / math.pi, 1 / math.pi)),
+        (ops.Sum(), [SIGNAL, Signal(1.0, 0.5, 0.2)], (4.0, 1.5, 0.2)),
+        (ops.Measured(2.0, 1.0, 0.5), [], (2.0, 1.0, 0.5)),
+    ],
+    ids=str,
+)
+def test_theory_of_every_operation(
+    operation: ops.Operation, before: list[Signal], expected: tuple[float, ...]
+) -> None:
+    assert follow(operation, before) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("operation", "before", "why"),
+    [
+        (ops.Relu(), [Signal(3.0, 1.0, 1.0)], "relu of a signal that is not Gaussian"),
+        (ops.Beyond("softmax"), [SIGNAL], "softmax"),
+        (ops.Input(), [], "input"),
+        (ops.Sum(), [BEHIND_RELU, BEHIND_RELU], "add of two signals with a mean"),
+        (ops.Affine(shift=FOUR), [BEHIND_RELU], "add of a constant to a signal with a mean"),
+        (ops.Normalize("batch_norm"), [Signal(1.0, 1.0, 0.0)], "batch_norm of a constant"),
+        (ops.Affine(2.0, pattern=True), [SIGNAL], "a pattern over positions"),
+        (ops.Dropout(0.0), [SIGNAL], "dropout of everything"),
+    ],
+    ids=str,
+)
+def test_theory_says_why_it_is_silent(
+    operation: ops.Operation, before: list[Signal], why: str
+) -> None:
+    assert follow(operation, before) == why
+
+
+def test_positions_as_units() -> None:
+    transposed = replace(BIASED, phases=4.0)
+    assert follow(transposed, [SIGNAL], units=True) == follow(BIASED, [SIGNAL])
+    pattern = ops.Affine(4.0, pattern=True)
+    assert follow(pattern, [SIGNAL], units=True) == pytest.approx((12.0, 4.0, 0.0))
+    norm = ops.Normalize("batch_norm", positions=True)
+    assert follow(norm, [SIGNAL], units=True) == "batch_norm over positions"
+    assert follow(norm, [SIGNAL]) == pytest.approx((1.0, 0.0, 0.0))
 
 
 class Between(nn.Module):
@@ -222,16 +242,20 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_theory_follows_from_the_probe_to_the_measurement(name: str) -> None:
-    explanation = sv.explain(sv.probe(FOLLOWED[name](), gaussian(100, WIDTH, seed=9)))
+    explanation = sv.explain(FOLLOWED[name](), gaussian(100, WIDTH, seed=9))
     assert explanation.theory.start.tolist() == ["input", ""]
     agree(explanation)
 
 
 SILENT: dict[str, Callable[[], nn.Module]] = {
-    "relu of what is not Gaussian": lambda: Between(lambda y: torch.relu(y + 3)),
-    "add": lambda: Between(lambda y: torch.relu(y) - 0.8),
-    "add*": lambda: Between(lambda y: y + torch.randn(y.shape)),
-    "mul*": lambda: Between(lambda y: y * (torch.rand(len(y), 1) < 0.5)),
+    "relu of a signal that is not Gaussian": lambda: Between(lambda y: torch.relu(y + 3)),
+    "add of a constant to a signal with a mean": lambda: Between(lambda y: torch.relu(y) - 0.8),
+    "add of constants that differ from input to input": lambda: Between(
+        lambda y: y + torch.randn(y.shape)
+    ),
+    "mul of constants that differ from input to input": lambda: Between(
+        lambda y: y * (torch.rand(len(y), 1) < 0.5)
+    ),
     "add of dependent signals": lambda: Between(
         lambda y, layer: layer(y) + layer(y), layer=nn.Linear(WIDTH, WIDTH)
     ),
@@ -239,7 +263,7 @@ SILENT: dict[str, Callable[[], nn.Module]] = {
     "addmm with weights from the input": lambda: Between(
         lambda y: torch.addmm(y, y, torch.eye(WIDTH))
     ),
-    "add*, alpha": lambda: Between(lambda y: torch.add(y, torch.ones(WIDTH), alpha=2.0)),
+    "add with options": lambda: Between(lambda y: torch.add(y, torch.ones(WIDTH), alpha=2.0)),
 }
 
 
@@ -251,8 +275,8 @@ def zero_half(y: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("cause", SILENT)
 def test_theory_is_silent_where_it_would_be_wrong(cause: str) -> None:
-    theory = sv.explain(sv.probe(SILENT[cause](), gaussian(50, WIDTH, seed=9))).theory
-    assert theory.start.iloc[-1] == cause.split(",")[0]
+    theory = sv.explain(SILENT[cause](), gaussian(50, WIDTH, seed=9)).theory
+    assert theory.start.iloc[-1] == cause
 
 
 def test_theory_of_biases_and_shifts_with_a_mean() -> None:
@@ -263,8 +287,8 @@ def test_theory_of_biases_and_shifts_with_a_mean() -> None:
         for module in list(model)[:2]:
             if isinstance(module, nn.Linear | nn.BatchNorm1d):
                 nn.init.constant_(module.bias, 2.0)
-        theory = sv.explain(sv.probe(model, gaussian(50, WIDTH))).theory
-        assert theory.start.iloc[-1] == "relu of what is not Gaussian"
+        theory = sv.explain(model, gaussian(50, WIDTH)).theory
+        assert theory.start.iloc[-1] == "relu of a signal that is not Gaussian"
 
 
 class Images(nn.Module):
@@ -286,23 +310,16 @@ def test_theory_of_positions() -> None:
     up = models.he_(nn.ConvTranspose2d(300, 300, 2, stride=2))
     transposed = Images(lambda y, up: up(torch.relu(y)), up=up)
     for positions, r in (("samples", 1 / math.pi / 4), ("units", 1 / math.pi)):
-        table = sv.probe(transposed, noise, positions=positions)
-        fraction = sv.explain(table).theory.v2_fraction
-        assert fraction.iloc[-1] == pytest.approx(1 - r, abs=0.01)
-        assert table.v2_fraction.iloc[-1] == pytest.approx(1 - r, abs=0.06)
-        assert sv.explain(table).theory.sigma2.iloc[-1] == pytest.approx(
-            table.sigma2.iloc[-1], rel=0.1
-        )
+        found = sv.explain(transposed, noise, positions=positions)
+        assert found.theory.fraction.iloc[-1] == pytest.approx(1 - r, abs=0.01)
+        assert found.table.fraction.iloc[-1] == pytest.approx(1 - r, abs=0.06)
+        expected = pytest.approx(found.table.sigma2.iloc[-1], rel=0.1)
+        assert found.theory.sigma2.iloc[-1] == expected
     pattern = gaussian(300, 4, 4, seed=3)
     norm, conv = nn.BatchNorm2d(300), models.he_(nn.Conv2d(300, 300, 1))
     cases = {
-        "add of a pattern over positions": (
-            Images(lambda y, conv: conv(y + pattern), conv=conv),
-            noise,
-            "samples",
-        ),
-        "mul of a pattern over positions": (
-            Images(lambda y, conv: conv(y * pattern), conv=conv),
+        "a pattern over positions": (
+            Images(lambda y, conv: conv(y * pattern + pattern), conv=conv),
             noise,
             "samples",
         ),
@@ -318,12 +335,12 @@ def test_theory_of_positions() -> None:
         ),
     }
     for cause, (model, x, positions) in cases.items():
-        assert sv.explain(sv.probe(model, x, positions=positions)).theory.start.iloc[-1] == cause
-    model, x, _ = cases["add of a pattern over positions"]
-    explanation = sv.explain(sv.probe(model, x, positions="units"))
+        assert sv.explain(model, x, positions=positions).theory.start.iloc[-1] == cause
+    model, x, _ = cases["a pattern over positions"]
+    explanation = sv.explain(model, x, positions="units")
     assert explanation.theory.start.iloc[-1] == ""
-    assert explanation.theory.v2_fraction.iloc[-1] == pytest.approx(
-        explanation.table.v2_fraction.iloc[-1], abs=0.05
+    assert explanation.theory.fraction.iloc[-1] == pytest.approx(
+        explanation.table.fraction.iloc[-1], abs=0.05
     )
 
 
@@ -453,44 +470,31 @@ def test_growth_is_that_of_the_model_s_output() -> None:
 
     with pytest.warns(UserWarning, match="squared gradients grow some 1e"):
         sv.init.sample_(Beside(), gaussian(200, 50))
-    leaky = [
-        Call("input"),
-        *(Call(name, (n,)) for n, name in enumerate(["linear", "leaky_relu", "linear"])),
-    ]
-    leaky[2].options["slope"] = 0.5
+    leaky = chain(ops.Weights(2.0), ops.Relu(0.5), ops.Weights(2.0))
     assert gradient_growth(leaky) == pytest.approx(
         sv.theory.maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=0.5)
     )
 
 
-def test_parts_of_a_table_and_steps_of_a_training_loop() -> None:
-    model = sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0)
-    table = sv.probe(model, gaussian(50, 20))
-    part = sv.explain(table.iloc[2:])
-    assert part.theory.start.tolist() == ["input", "", "", ""]
-    with sv.Probe(model) as probe:
-        for seed in range(2):
-            model(gaussian(50, 20, seed=seed))
-    with pytest.raises(
-        ValueError,
-        match=r"table must be of one step, got 2: choose those rows of sv\.Probe's table",
-    ):
-        sv.explain(probe.table)
-    one = sv.explain(probe.table[probe.table.step == 1])
-    assert "no record of the network's calls" in str(one)
-    with pytest.raises(
-        ValueError,
-        match=r"table must have the columns of svlib.probe, got none named \['type', 'inputs'\]",
-    ):
-        sv.explain(table.drop(columns=["type", "inputs"]))
-    with pytest.raises(TypeError, match="title must be a string, got int"):
-        sv.report.page(part, title=3, provenance={})  # type: ignore[arg-type]
+def test_tables_are_plain_and_their_calls_are_a_part_of_the_explanation() -> None:
+    model, x = sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0), gaussian(50, 20)
+    explanation = sv.explain(model, [x[:20], x[20:]])
+    assert explanation.table.attrs == {}
+    pd.testing.assert_frame_equal(explanation.table, sv.probe(model, [x[:20], x[20:]]))
+    functions = [call.function for call in explanation.calls]
+    assert functions == ["input", *["linear", "relu"] * 5, "linear"]
+    assert [call.row for call in explanation.calls if call.row] == explanation.table.name.tolist()
+    assert [call.is_output for call in explanation.calls] == [False] * 11 + [True]
+    some = sv.explain(model, x, layers=["4", "8"])
+    assert some.table.name.tolist() == ["4", "8"]
+    # theory has no measurement to start from before the first row that is chosen
+    assert some.theory.start.tolist() == ["input", ""]
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_any_model_is_explained(name: str) -> None:
     model, batch = models.MODELS[name]()
-    explanation = sv.explain(sv.probe(model, batch))
+    explanation = sv.explain(model, batch)
     assert explanation.findings[-1].kind == "theory"
     assert len(explanation.theory) == len(explanation.table)
     followed = explanation.theory.start == ""
@@ -500,64 +504,52 @@ def test_any_model_is_explained(name: str) -> None:
     print(f"{name}: theory follows {followed.sum()} of {len(followed)} rows; {explanation}")
 
 
-def test_a_table_without_calls_and_bad_ones() -> None:
-    table = sv.probe(nn.Linear(4, 3), gaussian(10, 4))
-    plain = pd.DataFrame(table.to_dict("list"))
-    assert "no record of the network's calls" in str(sv.explain(plain))
-    assert sv.explain(plain).theory.v2.isna().all()
-    with pytest.raises(TypeError, match=r"table must be a DataFrame of svlib\.probe, got list"):
-        sv.explain([1])  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"table must have the columns of svlib.probe, got none named \['m2'\]"
-    ):
-        sv.explain(table.drop(columns="m2"))
-    with pytest.raises(ValueError, match="table must have rows, got none"):
-        sv.explain(table.iloc[:0])
-
-
-def test_report_refuses_what_is_no_explanation() -> None:
-    with pytest.raises(
-        TypeError, match=r"explanation must be an Explanation of svlib\.explain, got str"
-    ):
+def test_report_refuses_other_things_than_an_explanation() -> None:
+    with pytest.raises(TypeError, match="explanation must be of type Explanation, got str"):
         sv.report.page("text", title="x", provenance={})  # type: ignore[arg-type]
-    explanation = sv.explain(sv.probe(nn.Linear(4, 3), gaussian(10, 4)))
-    with pytest.raises(
-        TypeError, match="provenance must be a mapping of names to values, got list"
-    ):
+    explanation = sv.explain(nn.Linear(4, 3), gaussian(10, 4))
+    with pytest.raises(TypeError, match="provenance must be of type Mapping, got list"):
         sv.report.page(explanation, title="x", provenance=[])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="title must be of type str, got int"):
+        sv.report.page(explanation, title=3, provenance={})  # type: ignore[arg-type]
     page = sv.report.page(explanation, title="<b>", provenance={"<i>": "&"})
     assert "<h1>&lt;b&gt;</h1>" in page
     assert "<dt>&lt;i&gt;</dt><dd>&amp;</dd>" in page
 
 
+def chain(*operations: ops.Operation) -> list[Call]:
+    """Calls one after the other, the first of them an input."""
+    names = {ops.Weights: "linear", ops.Relu: "relu", ops.Move: "view"}
+    made = [Call(names[type(part)], part, (n,)) for n, part in enumerate(operations)]
+    return [Call("input", ops.Input()), *made]
+
+
 def test_gradient_growth_takes_the_way_of_least_growth() -> None:
     growth = math.pi / (math.pi - 1)
-    plain = [
-        Call(name, (n - 1,) if n else ())
-        for n, name in enumerate(["input", "linear", "relu", "view", "conv2d", "relu"])
-    ]
+    weights, relu = ops.Weights(2.0), ops.Relu()
+    plain = chain(weights, relu, ops.Move(), weights, relu)
     assert gradient_growth(plain) == pytest.approx(growth)
-    longer = [*plain, Call("linear", (5,)), Call("linear", (6,))]  # the second follows no ReLU
+    longer = [*plain, Call("linear", weights, (5,)), Call("conv2d", weights, (6,))]
+    # the second follows no ReLU
     assert gradient_growth(longer) == pytest.approx(growth**2)
-    names = ["input", "linear", "relu", "linear", "add", "relu", "linear"]
-    ways = [(), (0,), (1,), (2,), (1, 3), (4,), (5,)]
-    residual = [Call(name, parents) for name, parents in zip(names, ways, strict=True)]
+    skip = [Call("add", ops.Sum(), (1, 3)), Call("relu", relu, (4,)), Call("linear", weights, (5,))]
+    residual = [*chain(weights, relu, weights), *skip]
     assert gradient_growth(residual) == pytest.approx(growth)  # the skip goes round the first ReLU
     assert gradient_growth([]) == 1
 
 
 def test_gradient_growth_against_measured_gradients() -> None:
-    """Sample init: as predicted without skips. With them the trunk's variance is 1 + l before block l, and a block's part of
-    the gradient is divided by it: the growth is a power of the depth."""
+    """Sample init: as predicted without skips. With them the trunk's variance is 1 + l before block
+    l, and a block's part of the gradient is divided by it: the growth is a power of the depth."""
     x = gaussian(200, 100)
     plain = sv.networks.mlp(100, width=100, depth=15, outputs=100, seed=0)
     with pytest.warns(UserWarning, match="squared gradients grow some"):
         table = sv.init.sample_(plain, x, gradients=True)
     assert float(table.gradient2_after[0]) == pytest.approx(
-        gradient_growth(sv.probe(plain, x).attrs["calls"]), rel=0.5
+        gradient_growth(sv.explain(plain, x).calls), rel=0.5
     )
     skips = models.Residual(width=100, depth=12, normalized=False)
     table = sv.init.sample_(skips, gaussian(200, 20), gradients=True)
     product = math.prod(1 + math.pi / (math.pi - 1) / (1 + block) for block in range(12))
     assert float(table.gradient2_after[0]) == pytest.approx(product, rel=0.25)
-    assert gradient_growth(sv.probe(skips, gaussian(200, 20)).attrs["calls"]) == 1
+    assert gradient_growth(sv.explain(skips, gaussian(200, 20)).calls) == 1

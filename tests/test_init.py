@@ -61,7 +61,7 @@ def test_sample(name: str) -> None:
         assert float(y.double().var(dims).sub(1).abs().max()) < 5e-3
     np.testing.assert_allclose(table.v2_after, 1, rtol=1e-4)
     assert (table.m2_after.abs() < 0.02).all()  # -v^2/S plus what positions share
-    assert sv.probe(model, fresh).v2_fraction.min() > 0.85
+    assert sv.probe(model, fresh).fraction.min() > 0.85
 
 
 def test_total_keeps_the_shape_of_a_function_and_the_relation_of_units() -> None:

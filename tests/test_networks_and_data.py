@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import svlib as sv
+from svlib.probing.models import weighted_layers
 
 
 def test_all_cnn_c_is_the_published_one() -> None:
@@ -68,7 +69,7 @@ def test_he_initialization_keeps_the_total_variance() -> None:
     up = layers.up[0]
     assert isinstance(up, nn.ConvTranspose2d)
     assert float(up.weight.detach().var()) == pytest.approx(2 / 128, rel=0.05)
-    for layer in sv.probing.weighted_layers(
+    for layer in weighted_layers(
         sv.networks.mlp(300, width=300, depth=3, outputs=300, seed=0)
     ).values():
         assert float(layer.weight.detach().var()) * 150 == pytest.approx(1, rel=0.03)

@@ -30,7 +30,7 @@ def test_decomposition_draws_roots() -> None:
 
 def test_decomposition_over_theory() -> None:
     model = sv.networks.mlp(20, width=30, depth=6, outputs=5, seed=0)
-    explanation = sv.explain(sv.probe(model, sv.data.gaussian(50, 20, seed=1)))
+    explanation = sv.explain(model, sv.data.gaussian(50, 20, seed=1))
     lines = sv.plot.decomposition(explanation.table, theory=explanation.theory).lines
     np.testing.assert_allclose(np.asarray(lines[-1].get_ydata()), np.sqrt(explanation.table.sigma2))
     broad = [

@@ -16,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
 from svlib._random import stream
+from svlib.probing.models import as_batches, weighted_layers
+from svlib.probing.rows import Pass, Rows
 from svlib.theory import maps
 from tests import models
 
@@ -72,7 +74,7 @@ def test_equals_arithmetic_by_hand(name: str) -> None:
         layer.register_forward_hook(
             lambda _, __, y, name=name: stored.__setitem__(name, y.detach())
         )
-        for name, layer in sv.probing.weighted_layers(model).items()
+        for name, layer in weighted_layers(model).items()
     ]
     model(x)
     for hook in hooks:
@@ -85,9 +87,9 @@ def test_equals_arithmetic_by_hand(name: str) -> None:
         assert row.v2 == pytest.approx(v2, rel=1e-6)
         assert row.m2 == pytest.approx(m2, rel=1e-6, abs=1e-9 * (m2**2 + v2**2) ** 0.5)
         assert row.sigma2 == pytest.approx(m2 + v2, rel=1e-9)
-        assert row.v2_fraction == pytest.approx(v2 / (m2 + v2), rel=1e-6)
+        assert row.fraction == pytest.approx(v2 / (m2 + v2), rel=1e-6)
         assert row.shape == tuple(y.shape[1:])
-        assert row.inputs == len(x)
+        assert row.samples == len(x)
 
 
 def test_two_common_mistakes_would_be_noticed() -> None:
@@ -121,7 +123,7 @@ def test_a_layer_called_twice_has_two_rows() -> None:
 
     table = sv.probe(Twice(), [gaussian(3, 4), gaussian(5, 4)])
     assert list(table.name) == ["layer", "layer (2)"]
-    assert list(table.inputs) == [8, 8]
+    assert list(table.samples) == [8, 8]
 
 
 def test_dead_units_are_counted() -> None:
@@ -270,7 +272,7 @@ def test_masks_may_be_infinite() -> None:
     mask = torch.tensor([0.0, 0.0, 0.0, -torch.inf]).expand(5, 4)
     batches = [(gaussian(5, 4), mask)] * 2
     assert len(sv.probe(Masked(), batches)) == 1
-    with pytest.warns(UserWarning, match="1 outputs have no row, for they are not finite: add"):
+    with pytest.warns(UserWarning, match="1 outputs have no row because they are not finite: add"):
         assert list(sv.probe(Masked(), batches, layers="all").name) == ["layer", "softmax"]
 
 
@@ -340,11 +342,11 @@ class Windows(Flattens):
 def test_rows_that_merge_inputs_are_left_out() -> None:
     model, x = Windows(), gaussian(3, 6, 4)
     with pytest.warns(
-        UserWarning, match="1 outputs have no row, for they merge the 3 inputs .*: layer"
+        UserWarning, match="1 outputs have no row because they merge the inputs .*: layer"
     ):
-        table = sv.probe(model, x)
-    assert list(table.name) == ["before", "after"]
-    assert sv.explain(table).theory.start.tolist() == ["input", ""]
+        explanation = sv.explain(model, x)
+    assert list(explanation.table.name) == ["before", "after"]
+    assert explanation.theory.start.tolist() == ["input", ""]
     before = state(model)
     with pytest.raises(ValueError, match="layer 'layer' must keep the 3 inputs of a batch apart"):
         sv.init.sample_(model, x)
@@ -421,7 +423,7 @@ def by_hand_of_any(y: np.ndarray, unit: int, positions: str) -> tuple[float, flo
 @pytest.mark.parametrize("name", models.MODELS)
 def test_any_model_equals_arithmetic_by_hand(name: str, shift: int, positions: str) -> None:
     model, batch = models.MODELS[name]()
-    layers = sv.probing.weighted_layers(model)
+    layers = weighted_layers(model)
     if shift:
         v2 = sv.probe(model, batch, positions=positions).set_index("name").v2
         for layer_name, layer in layers.items():
@@ -547,7 +549,7 @@ def test_weights_that_are_not_called_are_named() -> None:
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.warns(
         UserWarning,
-        match=r"1 outputs have no row, for they were not called as modules: self_attn\.out_proj",
+        match=r"1 outputs have no row because they were not called as modules: self_attn\.out_proj",
     ):
         table = sv.probe(attention, gaussian(5, 3, 8))
     assert list(table.name) == ["linear1", "linear2"]
@@ -644,11 +646,13 @@ def test_probe_survives_a_forward_pass_that_raises() -> None:
         diverging(gaussian(3, 4))
         diverging(gaussian(1, 4))  # one input has no variance
         nn.init.constant_(last.bias, torch.nan)
-        with pytest.warns(UserWarning, match="1 outputs have no row, for they are not finite: 2"):
+        with pytest.warns(
+            UserWarning, match="1 outputs have no row because they are not finite: 2"
+        ):
             diverging(gaussian(3, 4))
         nn.init.constant_(first.bias, torch.nan)
         with pytest.warns(
-            UserWarning, match="2 outputs have no row, for they are not finite: 0, 2"
+            UserWarning, match="2 outputs have no row because they are not finite: 0, 2"
         ):
             diverging(gaussian(3, 4))
     assert probe.table.step.tolist() == [0, 0, 2]
@@ -722,7 +726,7 @@ def test_padding_and_later_batches_take_the_same_way() -> None:
     padding[:, 2] = True
     batch = {"src": gaussian(5, 3, 8), "src_key_padding_mask": padding}
     with pytest.warns(
-        UserWarning, match="2 outputs have no row, for they were not called as modules"
+        UserWarning, match="2 outputs have no row because they were not called as modules"
     ):
         tables = [sv.probe(model, [batch] * count) for count in (1, 2)]
     assert tables[0].name.tolist() == tables[1].name.tolist()
@@ -751,7 +755,7 @@ def test_batches_and_outputs_of_odd_kinds() -> None:
     assert len(sv.probe(masked, {"mask": mask, "x": x})) == 1
     named = Holds(lambda self, pair: self.layer(pair.first) + pair.second)
     pairs = [{"pair": Pair(x[:4], x[:4])}, {"pair": Pair(x[4:], x[4:])}]
-    assert sv.probe(named, pairs).inputs.tolist() == [8]
+    assert sv.probe(named, pairs).samples.tolist() == [8]
     assert sv.init.total_(named, pairs).done.tolist() == ["set"]
     extra = nn.Sequential(WithExtra(4, 4))
     assert len(sv.probe(extra, x)) == 1
@@ -898,10 +902,11 @@ def test_other_modes_see_the_model_only() -> None:
     with Counts() as plain:
         model(x)
     with Counts() as probed:
-        for batch in sv.probing.as_batches(model, x):
+        for batch in as_batches(model, x):
             args = batch.args
         before = probed.calls
-        with sv.probing._Table(model, "all", "samples").watching(args, 5):
+        forward = Pass(model, Rows("all", "samples"), 5)
+        with forward.watching(args, "all", record=True):
             model(*args)
         assert probed.calls - before <= plain.calls + 2
 

@@ -25,6 +25,7 @@ from svlib._check import NotFiniteError
 from svlib._random import stream
 from svlib.experiments import training
 from svlib.experiments.training import Experiment, initialized, run
+from svlib.probing.models import weighted_layers
 
 SMALL = Experiment("digits", "sample", width=4, iterations=4, batch_size=16, calibration=32)
 
@@ -65,7 +66,7 @@ def test_runs_of_one_seed_are_paired() -> None:
         for kind in ("total", "sample", "batchnorm")
     )
     weights = [
-        next(iter(sv.probing.weighted_layers(model).values())).weight.detach()
+        next(iter(weighted_layers(model).values())).weight.detach()
         for model in (total, sample, batchnorm)
     ]
     assert float((weights[0] / weights[2]).std()) < 1e-5  # the same He weights up to one number

@@ -1,4 +1,4 @@
-"""Data of the same kind from every source: embedded (white noise, digits, drawn membranes), or from a folder of the user's.
+"""Data of one kind: embedded (white noise, digits, drawn membranes), or from a folder of files.
 
 Images are float32 tensors (inputs, channels, height, width), standardized by the mean and deviation
 of the training images.
@@ -7,6 +7,7 @@ of the training images.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from sklearn.datasets import load_digits
 
 from svlib import _check
 from svlib._random import stream
@@ -27,16 +27,15 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 _CIFAR10_ARCHIVE, _CIFAR10_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
 _CIFAR10_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
-_CIFAR10_RECORDS = (
-    10_000  # in each file; a record is a label byte, then 1024 red, 1024 green, 1024 blue
-)
+_CIFAR10_RECORDS = 10_000  # in a file; a record is a label byte, 1024 red, 1024 green, 1024 blue
 _MICROGRAPHS = "https://imagej.net/events/isbi-2012-segmentation-challenge"
 
 
 class Split(NamedTuple):
-    """Training and held-out data; labels are int64 classes (inputs,) or 0/1 masks (inputs, 1, height, width).
+    """Training and held-out data.
 
-    ``source`` says in words, for records, which copy of the data this is.
+    Labels are int64 classes (inputs,) or 0/1 masks (inputs, 1, height, width). ``source`` names the
+    data, ``sha256`` tells copies of them apart; it is empty for embedded data.
     """
 
     images: torch.Tensor
@@ -44,14 +43,11 @@ class Split(NamedTuple):
     held_out_images: torch.Tensor
     held_out_labels: torch.Tensor
     source: str
+    sha256: str = ""
 
 
 def gaussian(samples: int, *features: int, seed: int) -> torch.Tensor:
     """White noise, the paper's inputs: ``(samples, *features)``, float32.
-
-    Raises:
-        TypeError: If a size is not an integer.
-        ValueError: If a size is below 1 or the seed negative.
 
     Examples:
         >>> gaussian(3, 4, seed=0).shape
@@ -78,14 +74,12 @@ def digits(size: int = 16) -> Split:
     Returns:
         Images (1437 and 360, 1, size, size), labels 0 to 9.
 
-    Raises:
-        TypeError: If ``size`` is not an integer.
-        ValueError: If ``size`` is below 8.
-
     Examples:
         >>> digits().images.shape
         torch.Size([1437, 1, 16, 16])
     """
+    from sklearn.datasets import load_digits  # only here: its import takes a second
+
     size = _check.integer("size", size, 8)
     bunch = load_digits()
     images = ndimage.zoom(bunch.images, (1, size / 8, size / 8), order=1)[:, None]
@@ -95,8 +89,8 @@ def digits(size: int = 16) -> Split:
 def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: int) -> Split:
     """Drawn electron micrographs: dark membranes between cells, with texture, blur and noise.
 
-    Cells are Voronoi cells on a smoothly warped plane, and membrane (label 1, about 30 % of all
-    pixels) is what lies within 1.2 pixels of a border. A stand-in for the ISBI 2012 stack of real
+    Cells are Voronoi cells on a smoothly warped plane. Pixels within 1.2 pixels of a border are
+    membrane (label 1, about 30 % of all). The drawings stand in for the ISBI 2012 stack of real
     micrographs.
 
     Args:
@@ -107,10 +101,6 @@ def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: in
 
     Returns:
         Images (inputs, 1, size, size), masks of the same shape, float32.
-
-    Raises:
-        TypeError: If a size is not an integer.
-        ValueError: If a size is out of range or the seed negative.
 
     Examples:
         >>> membranes(4, 2, size=32, seed=0).held_out_labels.shape
@@ -124,7 +114,7 @@ def membranes(images: int = 128, held_out: int = 32, *, size: int = 64, seed: in
         np.stack([image for image, _ in drawn])[:, None],
         np.stack([mask for _, mask in drawn])[:, None],
         images,
-        "drawn",
+        "drawn membranes",
     )
 
 
@@ -158,10 +148,10 @@ def _split(images: np.ndarray, labels: np.ndarray, training: int, source: str) -
 
 
 def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
-    """CIFAR-10 from its binary archive, or from the folder that the archive unpacks to. No pickle is read.
+    """CIFAR-10 from its binary archive, or from the unpacked archive. No pickle is read.
 
     An archive must have the official SHA-256. An unpacked folder has no official one: ``source``
-    names the SHA-256 of its six files in order, so that another copy shows as another.
+    calls it unverified, and ``sha256`` is that of its six files in order.
 
     Args:
         folder: Folder that holds cifar-10-binary.tar.gz or cifar-10-batches-bin; ``None`` takes the
@@ -178,46 +168,34 @@ def cifar10(folder: str | os.PathLike[str] | None = None) -> Split:
     place = _folder(folder, f"{_CIFAR10_ARCHIVE} or {_CIFAR10_FOLDER}", CIFAR10_URL)
     archive = place / _CIFAR10_ARCHIVE
     if archive.is_file():
-        _verify(archive)
-        with tarfile.open(archive) as members:
-            parts = [
-                _cifar10_file(name, _member(members, f"{_CIFAR10_FOLDER}/{name}"))
-                for name in _CIFAR10_FILES
-            ]
-        source = f"{_CIFAR10_ARCHIVE}, SHA-256 {CIFAR10_SHA256}"
+        contents, copy, digest = _packed(archive), "official archive", CIFAR10_SHA256
     else:
-        unpacked = place if (place / _CIFAR10_FILES[0]).is_file() else place / _CIFAR10_FOLDER
-        if missing := [name for name in _CIFAR10_FILES if not (unpacked / name).is_file()]:
-            raise FileNotFoundError(
-                f"folder must hold {_CIFAR10_ARCHIVE} ({CIFAR10_URL}; fetch_cifar10 or --download gets it) "
-                f"or {_CIFAR10_FOLDER} with {', '.join(missing)}, got {place}"
-            )
-        parts = [_cifar10_file(name, (unpacked / name).read_bytes()) for name in _CIFAR10_FILES]
-        digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
-        source = f"{_CIFAR10_FOLDER}, SHA-256 of its files {digest}"
-    records = np.concatenate(parts)
+        contents, copy = _unpacked(place), "binary layout, unverified copy"
+        digest = _sha256(*contents.values())
+    records = np.concatenate([_cifar10_file(*named) for named in contents.items()])
     return _from_bytes(
         records[:, 1:].reshape(-1, 3, 32, 32),
         records[:, 0].astype(np.int64),
         5 * _CIFAR10_RECORDS,
-        source,
+        f"CIFAR-10, {copy}",
+        digest,
     )
 
 
 def fetch_cifar10(folder: str | os.PathLike[str]) -> Path:
-    """Download CIFAR-10's binary archive (170 MB) into a folder, unless it is there whole; shows a progress bar.
+    """Download CIFAR-10's binary archive (170 MB) into a folder, unless it is there whole.
 
-    A download that was cut off, or has another SHA-256 than the official one, leaves nothing
-    behind.
+    A progress bar is shown. A download that was cut off, or has another SHA-256 than the official
+    one, leaves nothing behind.
 
     Returns:
         Path of the archive.
 
     Raises:
-        ValueError: If what came has another SHA-256.
+        ValueError: If the download has another SHA-256.
         OSError: If the network or the disk fails.
     """
-    import pooch  # here, for in a notebook without widgets its import of tqdm.auto warns
+    import pooch  # only here: in a notebook without widgets its import of tqdm.auto warns
 
     path = pooch.retrieve(
         CIFAR10_URL, f"sha256:{CIFAR10_SHA256}", _CIFAR10_ARCHIVE, str(folder), progressbar=True
@@ -241,7 +219,6 @@ def micrographs(folder: str | os.PathLike[str] | None = None, *, held_out: int =
         Images (sections, 1, height, width), masks of the same shape, float32, 1 on membranes.
 
     Raises:
-        TypeError: If ``held_out`` is not an integer.
         FileNotFoundError: If folder or files are missing.
         ValueError: If a picture cannot be read, shapes differ, labels have other values, or no
             section is left.
@@ -253,14 +230,12 @@ def micrographs(folder: str | os.PathLike[str] | None = None, *, held_out: int =
     if (place / "train-volume.tif").is_file():
         images, labels = _pages(place / "train-volume.tif"), _pages(place / "train-labels.tif")
     else:
-        names = sorted(
-            (path.name for path in (place / "image").glob("*.*")),
-            key=lambda name: (len(Path(name).stem), name),
-        )  # 2 before 10
+        names = [path.name for path in (place / "image").glob("*.*")]
+        names.sort(key=lambda name: (len(Path(name).stem), name))  # 2 before 10
         if not names:
             raise FileNotFoundError(
-                f"folder must hold image and label with pictures of the same names, or train-volume.tif and "
-                f"train-labels.tif ({_MICROGRAPHS}), got {place}"
+                f"folder must hold image and label with pictures of the same names, or "
+                f"train-volume.tif and train-labels.tif ({_MICROGRAPHS}), got {place}"
             )
         images, labels = (
             [page for name in names for page in _pages(place / kind / name)]
@@ -280,9 +255,13 @@ def micrographs(folder: str | os.PathLike[str] | None = None, *, held_out: int =
         raise ValueError(
             f"labels must be 0 on membranes and 1 or 255 in cells, got {bad[:5]} in {place}"
         )
-    digest = hashlib.sha256(pixels.tobytes() + inside.tobytes()).hexdigest()
-    source = f"{len(images)} micrographs, SHA-256 of images and labels {digest}"
-    return _from_bytes(pixels, (inside == 0).astype(np.float32), len(images) - held_out, source)
+    return _from_bytes(
+        pixels,
+        (inside == 0).astype(np.float32),
+        len(images) - held_out,
+        f"{len(images)} micrographs",
+        _sha256(pixels.tobytes(), inside.tobytes()),
+    )
 
 
 def _folder(folder: str | os.PathLike[str] | None, wanted: str, address: str) -> Path:
@@ -290,43 +269,63 @@ def _folder(folder: str | os.PathLike[str] | None, wanted: str, address: str) ->
     hint = f"a folder with {wanted} ({address})"
     if not given:
         raise FileNotFoundError(
-            f"folder (--data, or the environment variable {FOLDER_VARIABLE}) must name {hint}, got none"
+            f"folder (--data, or the environment variable {FOLDER_VARIABLE}) must name {hint}, "
+            f"got none"
         )
     if not (path := Path(given)).is_dir():
         raise FileNotFoundError(f"folder must be {hint}, got {path}, which is none")
     return path
 
 
-def _verify(archive: Path) -> None:
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != CIFAR10_SHA256:
+def _sha256(*contents: bytes) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _packed(archive: Path) -> dict[str, bytes]:
+    """The six files of the archive, whose checksum must be the official one."""
+    content = archive.read_bytes()
+    if (digest := _sha256(content)) != CIFAR10_SHA256:
         raise ValueError(
-            f"{archive} must have SHA-256 {CIFAR10_SHA256}, got {found} ({archive.stat().st_size:,} bytes): "
+            f"{archive} must have SHA-256 {CIFAR10_SHA256}, got {digest} ({len(content):,} bytes): "
             f"it is damaged or truncated; delete it and get it again from {CIFAR10_URL}"
         )
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as members:
+        for member in members:
+            if file := members.extractfile(member):
+                found[member.name] = file.read()
+    for name in _CIFAR10_FILES:
+        if (path := f"{_CIFAR10_FOLDER}/{name}") not in found:
+            raise ValueError(f"{_CIFAR10_ARCHIVE} must hold {path}, got an archive without")
+    return {name: found[f"{_CIFAR10_FOLDER}/{name}"] for name in _CIFAR10_FILES}
 
 
-def _member(members: tarfile.TarFile, name: str) -> bytes:
-    try:
-        file = members.extractfile(name)
-    except KeyError:
-        file = None
-    if file is None:
-        raise ValueError(f"{_CIFAR10_ARCHIVE} must hold {name}, got an archive without")
-    return file.read()
+def _unpacked(place: Path) -> dict[str, bytes]:
+    """The six files of the unpacked archive, in the folder or one below."""
+    folder = place if (place / _CIFAR10_FILES[0]).is_file() else place / _CIFAR10_FOLDER
+    if missing := [name for name in _CIFAR10_FILES if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"folder must hold {_CIFAR10_ARCHIVE} ({CIFAR10_URL}; fetch_cifar10 or --download "
+            f"gets it) or {_CIFAR10_FOLDER} with {', '.join(missing)}, got {place}"
+        )
+    return {name: (folder / name).read_bytes() for name in _CIFAR10_FILES}
 
 
 def _cifar10_file(name: str, content: bytes) -> np.ndarray:
     """The records (records, 3073) of one file, bytes."""
     if len(content) != (size := _CIFAR10_RECORDS * 3073):
         raise ValueError(
-            f"{name} must have {size:,} bytes, got {len(content):,}: it is truncated or no file of CIFAR-10"
+            f"{name} must have {size:,} bytes, got {len(content):,}: "
+            f"it is truncated or no file of CIFAR-10"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     if len(bad := np.flatnonzero(records[:, 0] > 9)):
         raise ValueError(
-            f"{name} must have labels 0 to 9, got {records[bad[0], 0]} in record {bad[0]} ({len(bad)} such)"
+            f"{name} must have labels 0 to 9, got {records[bad[0], 0]} in record {bad[0]} "
+            f"({len(bad)} such)"
         )
     return records
 
@@ -343,20 +342,17 @@ def _pages(path: Path) -> list[np.ndarray]:
         raise FileNotFoundError(
             f"{path} must be there, got none: every image has a label of the same name"
         ) from None
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        KeyError,
-    ) as error:  # Pillow's, where a TIFF is cut off
+    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, KeyError) as error:
+        # Pillow raises any of them where a TIFF is cut off
         raise ValueError(f"{path} must be a picture, it cannot be read: {error}") from None
     if bad := [mode for mode, _ in read if mode not in ("1", "L")]:
         raise ValueError(f"{path} must be 8-bit grey or black and white, got mode {bad[0]!r}")
     return [page for _, page in read]
 
 
-def _from_bytes(pixels: np.ndarray, labels: np.ndarray, training: int, source: str) -> Split:
+def _from_bytes(
+    pixels: np.ndarray, labels: np.ndarray, training: int, source: str, sha256: str
+) -> Split:
     """Standardize bytes as :func:`_split` does, without float64 copies of them all."""
     counts = (
         np.sum([np.bincount(image.ravel(), minlength=256) for image in pixels[:training]], 0)
@@ -369,4 +365,4 @@ def _from_bytes(pixels: np.ndarray, labels: np.ndarray, training: int, source: s
         raise ValueError(f"images must differ in some pixel, got {source} with one grey")
     x = torch.from_numpy(pixels).float().sub_(mean).div_(deviation)
     y = torch.from_numpy(labels)
-    return Split(x[:training], y[:training], x[training:], y[training:], source)
+    return Split(x[:training], y[:training], x[training:], y[training:], source, sha256)

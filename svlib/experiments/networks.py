@@ -1,7 +1,6 @@
-"""The networks of the paper, with He's initialization: Gaussian weights of variance 2/fan-in, zero biases.
+"""The networks of the paper, with He's initialization.
 
-No dropout, no weight decay. Each has a variant with BatchNorm before every ReLU, the output
-excepted.
+They have no dropout. Each has a variant with BatchNorm before every ReLU, but not at the output.
 """
 
 from __future__ import annotations
@@ -19,19 +18,35 @@ from svlib._random import stream
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _he_(model: Model, seed: int) -> Model:
+def he_(model: Model, seed: int) -> Model:
+    """He (Kaiming) initialization of every linear and convolutional layer of a model, in place.
+
+    Weights become Gaussian of variance 2/fan-in, biases 0. Everything else, such as normalization
+    or an embedding, stays as it is.
+
+    Args:
+        model: Any torch module.
+        seed: Seed of the weights.
+
+    Returns:
+        The model.
+
+    Examples:
+        >>> layer = he_(nn.Linear(800, 500), seed=0)
+        >>> print(f"{float(layer.weight.var()):.4f}", float(layer.bias.abs().max()))
+        0.0025 0.0
+    """
     generator = stream(seed, "weights")
     for layer in model.modules():
-        if isinstance(layer, nn.Linear | _ConvNd):
-            if isinstance(
-                layer, _ConvTransposeNd
-            ):  # each output position sees 1/stride of the kernel
-                fan_in = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
-            else:
-                fan_in = layer.weight[0].numel()
-            nn.init.normal_(layer.weight, 0.0, math.sqrt(2 / fan_in), generator=generator)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        if not isinstance(layer, nn.Linear | _ConvNd):
+            continue
+        fan_in: float = layer.weight[0].numel()
+        if isinstance(layer, _ConvTransposeNd):  # an output position sees 1/stride of the kernel
+            inputs = layer.in_channels / layer.groups
+            fan_in = inputs * math.prod(layer.kernel_size) / math.prod(layer.stride)
+        nn.init.normal_(layer.weight, 0.0, math.sqrt(2 / fan_in), generator=generator)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     return model
 
 
@@ -55,10 +70,6 @@ def mlp(
         batchnorm: Put BatchNorm before every ReLU.
         seed: Seed of the weights.
 
-    Raises:
-        TypeError: If a size is not an integer.
-        ValueError: If a size is below 1.
-
     Examples:
         >>> mlp(8, width=16, depth=3, outputs=2, seed=0)(torch.ones(5, 8)).shape
         torch.Size([5, 2])
@@ -66,13 +77,13 @@ def mlp(
     features, width = _check.integer("features", features), _check.integer("width", width)
     depth, outputs = _check.integer("depth", depth), _check.integer("outputs", outputs)
     layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):  # constructors draw weights that _he_ replaces
+    with torch.random.fork_rng(devices=[]):  # constructors draw weights that he_ replaces
         for layer in range(depth - 1):
             layers += [nn.Linear(features if layer == 0 else width, width)]
             layers += [nn.BatchNorm1d(width)] if batchnorm else []
             layers += [nn.ReLU()]
         layers += [nn.Linear(features if depth == 1 else width, outputs)]
-    return _he_(nn.Sequential(*layers), seed)
+    return he_(nn.Sequential(*layers), seed)
 
 
 def all_cnn_c(
@@ -80,10 +91,10 @@ def all_cnn_c(
 ) -> nn.Sequential:
     """ALL-CNN-C of Springenberg et al. 2015 (arXiv:1412.6806, table 1): images to class scores.
 
-    Nine convolutions, two of stride 2 instead of pooling, then the mean over positions. The 3 x 3
-    convolutions are padded, the seventh excepted. Shapes: (inputs, channels, height, width) with
-    sides of at least 9 to (inputs, classes); published for 3 x 32 x 32. The published dropout, and
-    ReLU on the scores, are left out.
+    It has nine convolutions, two of them of stride 2 instead of pooling, then the mean over
+    positions. All 3 x 3 convolutions but the seventh are padded. Shapes: (inputs, channels, height,
+    width) with sides of at least 9 to (inputs, classes); published for 3 x 32 x 32. The published
+    dropout, and ReLU on the scores, are left out.
 
     Args:
         width: Channels of the first three convolutions, 96 as published; the next five have twice
@@ -92,10 +103,6 @@ def all_cnn_c(
         classes: Number of classes.
         batchnorm: Put BatchNorm before every ReLU.
         seed: Seed of the weights.
-
-    Raises:
-        TypeError: If a size is not an integer.
-        ValueError: If a size is below 1.
 
     Examples:
         >>> all_cnn_c(width=8, seed=0)(torch.ones(5, 3, 32, 32)).shape
@@ -117,14 +124,14 @@ def all_cnn_c(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         ]
-    return _he_(nn.Sequential(*layers), seed)
+    return he_(nn.Sequential(*layers), seed)
 
 
 class UNet(nn.Module):
     """U-Net of Ronneberger et al. 2015 (arXiv:1505.04597): images to a score per pixel.
 
-    Two 3 x 3 convolutions per level, max-pooling down, 2 x 2 transposed convolutions up, skip
-    connections. Unlike the published one it pads, so that the size stays. Shapes: (inputs,
+    It has two 3 x 3 convolutions per level, max-pooling down, 2 x 2 transposed convolutions up, and
+    skip connections. Unlike the published one it pads, so that the size stays. Shapes: (inputs,
     channels, height, width), sides divisible by 2**levels, to (inputs, 1, height, width).
 
     Args:
@@ -133,10 +140,6 @@ class UNet(nn.Module):
         channels: Input channels.
         batchnorm: Put BatchNorm before every ReLU.
         seed: Seed of the weights.
-
-    Raises:
-        TypeError: If a size is not an integer.
-        ValueError: If a size is below 1, or a side of the input is not divisible.
 
     Examples:
         >>> UNet(width=4, levels=2, seed=0)(torch.ones(5, 1, 32, 32)).shape
@@ -170,7 +173,7 @@ class UNet(nn.Module):
             )
             self.join = nn.ModuleList(pair(2 * n, n) for n in reversed(widths[:-1]))
             self.last = nn.Conv2d(width, 1, 1)
-        _he_(self, seed)
+        he_(self, seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scores (inputs, 1, height, width) of images (inputs, channels, height, width)."""

@@ -21,9 +21,9 @@ from svlib._command import DEVICE, Target, one_line, with_options
 from svlib._files import provenance, write_whole
 from svlib.experiments import data
 from svlib.probing import init as repair
-from svlib.probing import probe as probing
 from svlib.probing import report
-from svlib.probing.explanation import explain
+from svlib.probing.diagnosis import explain
+from svlib.probing.rows import POSITIONS
 
 _MODEL = [
     click.argument("model", metavar="MODEL"),
@@ -71,9 +71,7 @@ _MODEL = [
 @click.option(
     "--layer", "layers", multiple=True, help="Name of an output, * a wildcard, repeatable; or all."
 )
-@click.option(
-    "--positions", type=click.Choice(probing.POSITIONS), default="samples", show_default=True
-)
+@click.option("--positions", type=click.Choice(POSITIONS), default="samples", show_default=True)
 @click.option("--html", "page", type=Target(), help="Report to write.")
 def probe(
     batch: int, layers: tuple[str, ...], positions: str, page: Path | None, **options: Any
@@ -91,7 +89,7 @@ def probe(
         model, inputs = _model(**options)
         batches = tqdm(list(_batches(inputs, batch)), desc="probe", unit="batch", disable=None)
         chosen = "all" if layers == ("all",) else list(layers) or None
-        explanation = explain(probing.probe(model, batches, layers=chosen, positions=positions))
+        explanation = explain(model, batches, layers=chosen, positions=positions)
         click.echo(
             explanation.layers().to_string(index=False, float_format="{:.3g}".format, na_rep="")
         )

@@ -1,4 +1,4 @@
-r"""Data-dependent initialization in execution order: preserve the total variance, or the sample variance.
+r"""Data-dependent initialization in execution order: preserve the total or the sample variance.
 
 *Total init* divides a layer's weights by one scalar, so that the mean square of its preactivations
 over inputs and units is 1 (LSUV, Mishkin & Matas 2016, is of this kind). *Sample init* divides the
@@ -9,11 +9,11 @@ compare the two.
 Sample init keeps v^2 at 1 and pays in gradients: squared, they grow backwards by
 :math:`\pi/(\pi-1)=1.467` per ReLU layer, as with BatchNorm.
 
-What is set: the linear and convolutional layers (transposed, grouped ones and ``transformers``'
-``Conv1D`` too), each at its first call. What is left as it is, and said so in the column ``done``:
-a layer whose weight or bias is frozen (``requires_grad`` is False), or whose weight was set
-already, in an earlier call or as that of another layer, or also belongs to something else, an
-embedding for example. A layer without a bias has its deviation set; its sample mean stays.
+Linear and convolutional layers are set (transposed, grouped ones and transformers' ``Conv1D`` too),
+each at its first call. Others are left as they are, and the column ``done`` says why: a layer whose
+weight or bias is frozen (``requires_grad`` is False), or whose weight was set already, in an
+earlier call or as that of another layer, or also belongs to something else, an embedding for
+example. A layer without a bias has its deviation set; its sample mean stays.
 
 Normalization is neither touched nor folded in: the model runs in the mode it is in. In training
 mode a BatchNorm behind a layer takes away what is set; in evaluation mode, with running statistics
@@ -34,9 +34,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from svlib import _check
 from svlib.moments import Decomposition, decompose
-from svlib.probing.calls import Call, tensors
-from svlib.probing.explanation import GRADIENTS, gradient_growth, has_batchnorm
-from svlib.probing.probe import (
+from svlib.probing.along import GRADIENTS, gradient_growth, uses_batch_statistics
+from svlib.probing.calls import Call
+from svlib.probing.models import (
     Batch,
     as_batches,
     dimensions,
@@ -44,17 +44,17 @@ from svlib.probing.probe import (
     is_transposed,
     mapped,
     named_modules,
-    probe,
-    probe_gradients,
     row_name,
     same_generators,
+    tensors,
     untouched,
     weighted_layers,
 )
+from svlib.probing.probe import measure, probe_gradients
 
 _TOLERANCE = 0.05  # of a model in bfloat16, too
 _SET, _SET_WITHOUT_BIAS = "set", "deviation set; no bias, mean left"
-# Weights that their modules do not use through linear or convolutional layers of their own
+# Modules whose weights are not used through linear or convolutional layers of their own
 _BEYOND = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 Parts = Callable[[Decomposition], tuple[torch.Tensor, torch.Tensor]]
@@ -65,16 +65,15 @@ def total_(
 ) -> pd.DataFrame:
     """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
 
-    Weights and bias are divided by one scalar per layer; the last layer is included. With
-    ``centred``, the mean over inputs and units is taken from the biases first. Batches are joined
-    to one calibration batch, and one pass sets all layers, each seeing those before it already set.
-    See :mod:`svlib.probing.init` for what is set and what is left.
+    Weights and bias are divided by one scalar per layer; the last layer is included. Batches are
+    joined to one calibration batch, and one pass sets all layers, each seeing those before it
+    already set. See :mod:`svlib.probing.init` for the layers that are set and those that are left.
 
     Args:
         model: Any module with weighted layers.
         batches: Calibration inputs, as :func:`svlib.probe` takes them.
-        centred: Subtract one mean per layer, too: another reading of what the paper compares sample
-            init with.
+        centred: Subtract one mean per layer from the biases first, in another reading of what the
+            paper compares sample init with.
         gradients: Measure squared gradients as well, by a backward pass before and one after.
 
     Returns:
@@ -82,12 +81,10 @@ def total_(
         gradient2, relative to the last row) before and after.
 
     Raises:
-        TypeError: If ``model`` is not a module or ``batches`` is not as :func:`svlib.probe` takes
-            it.
         ValueError: If a layer's output is 0 or merges inputs with their positions, or a layer is
-            not called though not frozen, or computes with its weight before it uses it; if a module
-            holds weights that are beyond this (attention, recurrent and bilinear layers of torch)
-            and not frozen; or if there are fewer than two inputs. The model is then as it was.
+            not called though not frozen, or computes with its weight before it uses it; if
+            attention, recurrent or bilinear layers of torch are not frozen; or if there are fewer
+            than two inputs. The model is then as it was.
 
     Examples:
         >>> import svlib as sv
@@ -103,29 +100,13 @@ def total_(
 def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
     """Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
 
-    Batches are joined to one calibration batch, and one pass sets all layers, each seeing those
-    before it already set. The last layer is included. Squared gradients then grow backwards by
-    1.467 per ReLU layer. See :mod:`svlib.probing.init` for what is set and what is left.
-
-    Args:
-        model: Any module with weighted layers.
-        batches: Calibration inputs, as :func:`svlib.probe` takes them.
-        gradients: Measure squared gradients as well, by a backward pass before and one after.
-
-    Returns:
-        One row per call of a layer: ``name``, ``type``, ``done``, and m2, v2, ratio (on request
-        gradient2, relative to the last row) before and after.
-
-    Raises:
-        TypeError: If ``model`` is not a module or ``batches`` is not as :func:`svlib.probe` takes
-            it.
-        ValueError: If a unit has no variance, or for the reasons of :func:`total_`. The model is
-            then as it was.
+    Arguments, table and errors are those of :func:`total_`; a unit without variance is an error
+    too. Squared gradients then grow backwards by 1.467 per ReLU layer.
 
     Warns:
         UserWarning: If layers without a bias keep sample means above their deviations; or if
-            squared gradients are to grow more than ``svlib.probing.explanation.GRADIENTS`` times
-            through ReLU layers, along the way from input to output where least.
+            squared gradients are to grow more than ``svlib.probing.along.GRADIENTS`` times through
+            ReLU layers, along the way from input to output where they grow least.
 
     Examples:
         >>> import svlib as sv
@@ -136,21 +117,16 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
     """
     table, calls = _initialize(model, batches, _sample, gradients)
     means_left = table[(table.done == _SET_WITHOUT_BIAS) & (table.ratio_after > 1)]
-    if len(means_left) and not has_batchnorm(calls):
+    if len(means_left) and not any(map(uses_batch_statistics, calls)):
         worst = means_left.sort_values("ratio_after").iloc[-1]
-        kept = f"{len(means_left)} layers without a bias keep sample means above their deviations"
-        where = f"m/v = {worst.ratio_after:.2g} at {worst['name']!r}"
-        warnings.warn(
-            f"{kept} ({where}), and the decay goes on: give them a bias, set them again",
-            stacklevel=2,
-        )
+        text = f"{len(means_left)} layers without a bias keep sample means above their deviations "
+        text += f"(m/v = {worst.ratio_after:.2g} at {worst['name']!r}), and the decay goes on: "
+        warnings.warn(f"{text}give them a bias, set them again", stacklevel=2)
     if (growth := gradient_growth(calls)) > GRADIENTS:
-        grown = f"squared gradients grow some {growth:.0e} times from the model's output to its first layer"
-        warnings.warn(
-            f"with sample init {grown} (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): expect to need small learning "
-            "rates, residual connections or total init",
-            stacklevel=2,
-        )
+        text = f"with sample init squared gradients grow some {growth:.0e} times from the model's "
+        text += "output to its first layer (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): "
+        text += "expect to need small learning rates, residual connections or total init"
+        warnings.warn(text, stacklevel=2)
     return table
 
 
@@ -169,60 +145,26 @@ def _sample(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _initialize(
     model: nn.Module, batches: Any, parts: Parts, gradients: bool
-) -> tuple[pd.DataFrame, list[Call]]:
-    """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``. The table and the calls."""
+) -> tuple[pd.DataFrame, tuple[Call, ...]]:
+    """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``."""
     _check.choice("gradients", gradients, (True, False))
     layers = weighted_layers(model)
-    left = _left(model, layers)
+    setter = _Setter(layers, _left(model, layers), parts)
     with same_generators(model):  # a loader draws its order, and augments
         batch = _joined(as_batches(model, batches))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    before = _measured(model, batch, gradients)
-    calls: Counter[str] = Counter()
-    done: dict[str, str] = {}
-    set_as: dict[int, str] = {}  # storage of what was set, and the layer
-
-    def on_output(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
-        weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
-        assert weight is not None
-        calls[name] += 1
-        row = row_name(name, calls[name])
-        storages = [
-            part.untyped_storage().data_ptr() for part in (weight, bias) if part is not None
-        ]
-        shared = [set_as[storage] for storage in storages if storage in set_as]
-        if name in left or shared:
-            done[row] = left.get(name) or f"left, set as {shared[0]!r}"
-            return y
-        sample, unit, positions = dimensions(name, layer, y, batch.inputs)
-        shift, scale = (part.to(y) for part in parts(decompose(y, sample, unit, positions)))
-        if bad := int((~((scale > 0) & scale.isfinite())).sum()):
-            raise ValueError(
-                f"layer {name!r} must have positive, finite scales to divide by, got {bad} of {scale.numel()} not so"
-            )
-        done[row] = _SET if bias is not None or parts is _total else _SET_WITHOUT_BIAS
-        set_as.update(dict.fromkeys(storages, name))
-        _divide_(layer, scale)
-        if bias is None:
-            shift = torch.zeros_like(shift)
-        else:
-            bias.copy_((bias - shift) / scale)
-        torch.clear_autocast_cache()  # which holds the weights of before
-        return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
-
+    before, _ = _measured(model, batch, gradients)
     try:
-        with untouched(model), hooked(layers, on_output):
+        with untouched(model), hooked(layers, setter.on_output(batch.samples)):
             model(*mapped(torch.clone, batch.args), **mapped(torch.clone, batch.kwargs))
-        if missed := [name for name in layers if not calls[name] and name not in left]:
-            raise ValueError(
-                f"layer {missed[0]!r} must be called in the model's forward pass or be frozen, got no call"
-            )
-        after = _measured(model, batch, gradients)
-        after["done"] = after.name.map(done)
+        if missed := setter.missed():
+            wanted = "must be called in the model's forward pass or be frozen"
+            raise ValueError(f"layer {missed[0]!r} {wanted}, got no call")
+        after, calls = _measured(model, batch, gradients)
+        after["done"] = after.name.map(setter.done)
         if list(before.name) != list(after.name) or after.done.isna().any():
-            raise ValueError(
-                "model must call the same layers every time, got other calls in another pass"
-            )
+            got = "got other calls in another pass"
+            raise ValueError(f"model must call the same layers every time, {got}")
         _verify(after, parts)
     except BaseException:
         with torch.no_grad():
@@ -235,21 +177,70 @@ def _initialize(
         after[["name", *columns]], on="name", suffixes=("_before", "_after")
     )
     table.insert(2, "done", after.done)
-    return table, after.attrs["calls"]
+    return table, calls
+
+
+class _Setter:
+    """Sets layers at their first call; ``done`` says of each call what was done."""
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], left: Mapping[str, str], parts: Parts
+    ) -> None:
+        self._layers, self._left, self._parts = layers, left, parts
+        self._calls: Counter[str] = Counter()
+        self._set_as: dict[int, str] = {}  # storage of what was set, and the layer
+        self.done: dict[str, str] = {}
+
+    def missed(self) -> list[str]:
+        """Layers that should have been set and were not called."""
+        return [name for name in self._layers if not self._calls[name] and name not in self._left]
+
+    def on_output(
+        self, samples: int
+    ) -> Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]:
+        """What to do with an output of a layer, given the number of inputs."""
+
+        def set_(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+            weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
+            held = [part for part in (weight, bias) if part is not None]
+            storages = [part.untyped_storage().data_ptr() for part in held]
+            shared = [self._set_as[place] for place in storages if place in self._set_as]
+            self._calls[name] += 1
+            row = row_name(name, self._calls[name])
+            if name in self._left or shared:
+                self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"
+                return y
+            sample, unit, positions = dimensions(name, layer, y, samples)
+            shift, scale = self._parts(decompose(y, sample, unit, positions))
+            shift, scale = shift.to(y), scale.to(y)
+            if bad := int((~((scale > 0) & scale.isfinite())).sum()):
+                wanted = "must have positive, finite scales to divide by"
+                raise ValueError(f"layer {name!r} {wanted}, got {bad} of {scale.numel()} not so")
+            whole = bias is not None or self._parts is _total
+            self.done[row] = _SET if whole else _SET_WITHOUT_BIAS
+            self._set_as.update(dict.fromkeys(storages, name))
+            _divide_(layer, scale)
+            if bias is None:
+                shift = torch.zeros_like(shift)
+            else:
+                bias.copy_((bias - shift) / scale)
+            torch.clear_autocast_cache()  # which holds the weights of before
+            return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
+
+        return set_
 
 
 def _verify(after: pd.DataFrame, parts: Parts) -> None:
-    """Refuse what came out otherwise than it was set, as where a module computes with its weight before it uses it."""
-    mine = after[after.done.isin([_SET, _SET_WITHOUT_BIAS])]
-    if parts is _layer:
-        mine = mine[mine.done == _SET]
+    """Raise if a layer's statistics are not those that were set, e.g. because it transforms its
+    weight."""
+    mine = after[after.done.isin([_SET] if parts is _layer else [_SET, _SET_WITHOUT_BIAS])]
     found = mine.v2 if parts is _sample else mine.sigma2
     off = mine[~((found - 1).abs() < _TOLERANCE)]
     if len(off):
-        got = f"{'sample variance' if parts is _sample else 'mean square'} {found[off.index[0]]:.3g} where 1 was set"
-        raise ValueError(
-            f"layer {off.name.iloc[0]!r} must use its weight as it is and alike every time, got {got}"
-        )
+        kind = "sample variance" if parts is _sample else "mean square"
+        got = f"{kind} {found[off.index[0]]:.3g} where 1 was set"
+        wanted = "must use its weight as it is and alike every time"
+        raise ValueError(f"layer {off.name.iloc[0]!r} {wanted}, got {got}")
 
 
 def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -259,18 +250,16 @@ def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
         free = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if isinstance(module, _BEYOND) and free:
             kind = type(module).__name__
-            raise ValueError(
-                f"module {name!r}, a {kind}, must be frozen for this call (requires_grad False): its weights cannot be set"
-            )
+            reason = "must be frozen for this call (requires_grad False): its weights cannot be set"
+            raise ValueError(f"module {name!r}, a {kind}, {reason}")
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     left = {}
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
         if weight is None:
-            raise ValueError(
-                f"layer {name!r} must hold its weight as a parameter, it computes it from others"
-            )
+            got = "it computes it from others"
+            raise ValueError(f"layer {name!r} must hold its weight as a parameter, {got}")
         others = [owner for owner in owners[id(weight)] if owner not in layers]
         if others:
             left[name] = f"left, tied to {others[0]}"
@@ -280,32 +269,32 @@ def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _joined(batches: Any) -> Batch:
-    """Batches as one, which everything but tensors must be alike in."""
+    """Join batches that are alike in everything but their tensors."""
     listed = list(batches)
-    if (inputs := sum(batch.inputs for batch in listed)) < 2:
-        raise ValueError(f"batches must hold at least 2 inputs, got {inputs}")
+    if (samples := sum(batch.samples for batch in listed)) < 2:
+        raise ValueError(f"batches must hold at least 2 inputs, got {samples}")
     found = [list(tensors((batch.args, batch.kwargs))) for batch in listed]
     names = [[name for name, _ in pairs] for pairs in found]
     if any(other != names[0] for other in names):
-        raise ValueError(
-            f"batches must hold the same tensors, got {names[0]} and {next(x for x in names if x != names[0])}"
-        )
+        other = next(x for x in names if x != names[0])
+        raise ValueError(f"batches must hold the same tensors, got {names[0]} and {other}")
     columns = zip(*([x for _, x in pairs] for pairs in found), strict=True)
     joined = iter([torch.cat(column) for column in columns])
     args, kwargs = mapped(lambda _: next(joined), (listed[0].args, listed[0].kwargs))
-    return Batch(args, kwargs, inputs)
+    return Batch(args, kwargs, samples)
 
 
-def _measured(model: nn.Module, batch: Batch, gradients: bool) -> pd.DataFrame:
+def _measured(
+    model: nn.Module, batch: Batch, gradients: bool
+) -> tuple[pd.DataFrame, tuple[Call, ...]]:
     given = batch.kwargs or batch.args
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".* have no row"
-        )  # _initialize has a say about them
-        table = probe(model, [given])
+        # _initialize raises, or says of the layer that it is left
+        warnings.filterwarnings("ignore", message=".* have no row")
+        table, calls = measure(model, [given], None, "samples", record=True)
     if gradients:
         table["gradient2"] = probe_gradients(model, given, seed=0).gradient2
-    return table
+    return table, calls
 
 
 def _divide_(layer: nn.Module, scale: torch.Tensor) -> None:
@@ -314,9 +303,8 @@ def _divide_(layer: nn.Module, scale: torch.Tensor) -> None:
     assert isinstance(weight, torch.Tensor)
     if scale.ndim == 0 or is_transposed(layer):
         weight /= scale
-    elif isinstance(
-        layer, _ConvTransposeNd
-    ):  # (in, out / groups, kernel...): unit u belongs to group u // (out / groups)
+    elif isinstance(layer, _ConvTransposeNd):
+        # (in, out / groups, kernel...): unit u belongs to group u // (out / groups)
         by_group = weight.view(layer.groups, -1, *weight.shape[1:])
         by_group /= scale.reshape(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
     else:
@@ -324,7 +312,7 @@ def _divide_(layer: nn.Module, scale: torch.Tensor) -> None:
 
 
 def _along(values: torch.Tensor, dim: int, ndim: int) -> torch.Tensor:
-    """Values per unit, or one for all, shaped to broadcast along ``dim`` of an array of ``ndim`` dimensions."""
+    """Values per unit, or one for all, shaped to broadcast along ``dim`` of ``ndim`` dimensions."""
     return (
         values if values.ndim == 0 else values.reshape([-1 if d == dim else 1 for d in range(ndim)])
     )

@@ -10,7 +10,8 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 from svlib import plot
-from svlib.probing import explanation as reading
+from svlib.probing import diagnosis
+from svlib.probing.along import GRADIENTS
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -21,48 +22,60 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }}
-h1, dd {{ overflow-wrap: anywhere; }} figure {{ margin: 0; }} svg {{ max-width: 100%; height: auto;
-}} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, td {{ border: 0;
-border-bottom: 1px solid #8080804d; padding: .2rem .7rem; text-align: left; }} </style> </head>
-<body> <h1>{title}</h1> <p>{summary}</p> <figure role="img" aria-label="m, v and sigma by layer, in
-the order of the table below; pale lines show what theory expects."> {picture} <figcaption>Sample
-mean m, sample deviation v and total &sigma; of every layer's output, over inputs. Broad pale lines:
-theory, broken where it starts anew from the measured values.</figcaption> </figure>
-<h2>Diagnosis</h2> {reading} <p>v2_fraction is v&sup2;/&sigma;&sup2;, ratio is m/v; dead is the part
-of the units that are positive for no input. {thresholds}</p> <h2>How this was made</h2> <dl>
-{provenance} </dl> </body> </html>
+h1, dd {{ overflow-wrap: anywhere; }} figure {{ margin: 0; }} svg {{ max-width: 100%; height: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ border: 0; border-bottom: 1px solid #8080804d; }}
+th, td {{ padding: .2rem .7rem; text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{summary}</p>
+<figure role="img"
+ aria-label="m, v and sigma by layer, in the order of the table below; pale lines are theory.">
+{picture}
+<figcaption>Sample mean m, sample deviation v and total &sigma; of every layer's output, over
+inputs. Broad pale lines: theory, broken where it starts anew from the measured values.</figcaption>
+</figure>
+<h2>Diagnosis</h2>
+{reading}
+<p>fraction is v&sup2;/&sigma;&sup2;, ratio is m/v; dead is the fraction of units that are positive
+for no input. {thresholds}</p>
+<h2>How this was made</h2>
+<dl>
+{provenance}
+</dl>
+</body>
+</html>
 """
 
 
-def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[str, object]) -> str:
+def page(
+    explanation: diagnosis.Explanation, *, title: str, provenance: Mapping[str, object]
+) -> str:
     """A self-contained HTML page.
 
     Args:
         explanation: Of :func:`svlib.explain`.
         title: Heading.
-        provenance: What else to say of the run: names and values, in this order.
-
-    Raises:
-        TypeError: If ``explanation`` is not an :class:`svlib.Explanation` ``title`` no string or
-            ``provenance`` no mapping.
+        provenance: More about the run: names and values, in this order.
 
     Examples:
         >>> import svlib as sv
-        >>> table = sv.probe(sv.networks.mlp(8, width=16, depth=4, outputs=2, seed=0), sv.data.gaussian(50, 8, seed=1))
-        >>> text = page(sv.explain(table), title="MLP", provenance={"inputs": 50})
+        >>> model = sv.networks.mlp(8, width=16, depth=4, outputs=2, seed=0)
+        >>> explanation = sv.explain(model, sv.data.gaussian(50, 8, seed=1))
+        >>> text = page(explanation, title="MLP", provenance={"inputs": 50})
         >>> "<svg" in text, "<dt>inputs</dt><dd>50</dd>" in text
         (True, True)
     """
-    if not isinstance(explanation, reading.Explanation):
-        raise TypeError(
-            f"explanation must be an Explanation of svlib.explain, got {type(explanation).__name__}"
-        )
-    if not isinstance(title, str):
-        raise TypeError(f"title must be a string, got {type(title).__name__}")
-    if not isinstance(provenance, Mapping):
-        raise TypeError(
-            f"provenance must be a mapping of names to values, got {type(provenance).__name__}"
-        )
+    accepted: dict[str, type] = {
+        "explanation": diagnosis.Explanation,
+        "title": str,
+        "provenance": Mapping,
+    }
+    for (name, kind), value in zip(accepted.items(), (explanation, title, provenance), strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
     with mpl.rc_context(plot.STYLE):
         figure, axes = plt.subplots()
         plot.decomposition(explanation.table, theory=explanation.theory, axes=axes)
@@ -70,19 +83,18 @@ def page(explanation: reading.Explanation, *, title: str, provenance: Mapping[st
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
     thresholds = (
-        f"A layer has collapsed where v&sup2;/&sigma;&sup2; is below {reading.COLLAPSED}. Worth a word are also "
-        f"&sigma;&sup2; changing {reading.SCALE:g} times, more than {reading.DEAD:.0%} of dead units before a ReLU, squared "
-        f"gradients growing {reading.GRADIENTS:g} times, and v&sup2;/&sigma;&sup2; differing from theory by more than "
-        f"{reading.DEVIATION}."
+        f"A layer has collapsed where v&sup2;/&sigma;&sup2; is below {diagnosis.COLLAPSED}. "
+        f"Reported are also &sigma;&sup2; changing {diagnosis.SCALE:g} times, more than "
+        f"{diagnosis.DEAD:.0%} of dead units before a ReLU, squared gradients growing "
+        f"{GRADIENTS:g} times, and v&sup2;/&sigma;&sup2; differing from theory by more "
+        f"than {diagnosis.DEVIATION}."
     )
+    items = ((html.escape(str(name)), html.escape(str(x))) for name, x in provenance.items())
     return _PAGE.format(
         title=html.escape(title),
-        summary=f"{len(explanation.table)} outputs over {explanation.table.inputs.max()} inputs.",
+        summary=f"{len(explanation.table)} outputs over {explanation.table.samples.max()} inputs.",
         picture=file.getvalue()[file.getvalue().index("<svg") :],
         reading=explanation.to_html(unfolded=True),
         thresholds=thresholds,
-        provenance="\n".join(
-            f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>"
-            for name, value in provenance.items()
-        ),
+        provenance="\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in items),
     )
