@@ -74,7 +74,7 @@ def test_any_chunks_give_the_same(
     for chunk in chunks:
         parts = parts.merge(Moments(0, 1, (2,)).update(chunk)) if merged else parts.update(chunk)
     found = parts.result()
-    assert found.inputs == 50
+    assert found.samples == 50
     np.testing.assert_array_equal(found.largest, whole.largest)
     np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-14, atol=1e-14)
     np.testing.assert_allclose(found.variance, whole.variance, rtol=1e-12 + 1e-15 * abs(offset))

@@ -314,7 +314,7 @@ class _Row:
         return {
             "type": self.kind, "shape": self.shape, "m2": m2, "v2": v2, "sigma2": sigma2,
             "v2_fraction": v2 / sigma2 if sigma2 else float("nan"), "ratio": float(found.ratio),
-            "dead": float((found.largest <= 0).mean()), "inputs": found.inputs,
+            "dead": float((found.largest <= 0).mean()), "inputs": found.samples,
         }  # fmt: skip
 
 
