@@ -155,14 +155,7 @@ def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
     if len(counts) < len(widths) or min(counts.values()) < 1:
         message = f"must be different widths like 30:400, got {' '.join(widths)}"
         raise click.BadParameter(message, param_hint="WIDTH:NETWORKS")
-    summaries = []
-    for record in _run(counts, output=output, **options):
-        relative = record[["v2", "angular", "radial"]] / record.m2
-        summaries.append(
-            simulation.summarize(
-                record.merge(relative.rename({name: f"{name}_over_m2" for name in relative}))
-            )
-        )
+    summaries = [simulation.summarize(record) for record in _run(counts, output=output, **options)]
     joined = xr.concat(summaries, "width", combine_attrs="drop_conflicts").assign_coords(
         width=list(counts)
     )
