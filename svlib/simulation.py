@@ -72,24 +72,20 @@ def simulate(
     Args:
         width: Units N of every layer.
         depth: Number of weight matrices after layer 0, at least 0.
-        networks: Number of networks, or a range of them: ``range(40, 60)`` gives networks 40 to 59
-            of the ensemble.
+        networks: Number of networks, or a range: ``range(40, 60)`` gives those 40 to 59.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
-        options: ``seed`` and ``samples`` (at least 2) or ``inputs``, and any other argument of
-            :class:`Ensemble`: device, dtype, activation, negative_slope, normalization, residual,
-            method, memory.
+        options: ``seed``, ``samples`` (at least 2) or ``inputs``, and any other argument of
+            :class:`svlib.Ensemble`.
 
     Returns:
         Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first
         preactivation), averages over units:
 
-        - ``m2``, ``v2`` and ``sigma2``, unbiased in the number of inputs, infinite where float64
-          overflows; ``angular`` and ``radial``, the two parts of v2
-          (:func:`svlib.moments.split_along_ray`);
-        - ``fraction``, v^2/sigma^2; ``ratio``, m/v (biased; 0 where ``m2`` is negative, infinite
-          where ``v2`` is 0); ``v2_over_m2``, ``angular_over_m2`` and ``radial_over_m2``; all NaN in
-          a dead network;
-        - ``log_scale``, ln(sigma), exact where m2 and v2 underflow (-inf in a dead network);
+        - ``m2``, ``v2``, ``sigma2``, unbiased, infinite where float64 overflows; ``angular`` and
+          ``radial``, the parts of v2 (:func:`svlib.moments.split_along_ray`);
+        - ``fraction``, v^2/sigma^2; ``ratio``, m/v (biased; 0 where ``m2`` is negative); v2 and its
+          parts over m2 as ``v2_over_m2``, ...; all NaN in a dead network;
+        - ``log_scale``, ln(sigma), exact where m2 and v2 underflow, -inf in a dead network;
           ``dead``, whether all preactivations are 0.
 
         ``attrs`` hold configuration, versions, device, method and wall time.
@@ -106,29 +102,32 @@ def simulate(
     depth = _check.integer("depth", depth, 0)
     ensemble, every = Ensemble(width, **options), _indices(networks)
     _check.integer("samples", ensemble.samples, 2)
-    data: dict[str, Array] = {}
-    finished = 0
-
-    def record() -> xr.Dataset:
-        made: dict[str, Any] = {"depth": depth, "networks": finished}
-        return xr.Dataset(
-            {name: (("network", "layer"), array[:finished]) for name, array in data.items()},
-            coords={"network": list(every[:finished]), "layer": np.arange(depth + 1)},
-            attrs=provenance(ensemble.device, started) | ensemble.attributes() | made,
-        )
-
+    data, finished = dict[str, Array](), 0
+    made = {"depth": depth} | ensemble.attributes()
     try:
         for rows, layer, y, log_scale in _layers(ensemble, every, depth, progress):
             for name, found in _statistics(y, log_scale.cpu().numpy()).items():
-                empty = np.empty((len(every), depth + 1), found.dtype)
-                data.setdefault(name, empty)[rows, layer] = found
+                if name not in data:
+                    data[name] = np.empty((len(every), depth + 1), found.dtype)
+                data[name][rows, layer] = found
             if layer == depth:
                 finished = rows.stop
     except KeyboardInterrupt as stop:
         if finished == 0:
             raise
-        raise Interrupted(record(), len(every)) from stop
-    return record()
+        made |= provenance(ensemble.device, started)
+        raise Interrupted(_record(data, every[:finished], made), len(every)) from stop
+    return _record(data, every, made | provenance(ensemble.device, started))
+
+
+def _record(data: dict[str, Array], networks: range, made: dict[str, Any]) -> xr.Dataset:
+    """The record of the first of the networks, as many as there are in ``networks``."""
+    dims, count, layers = ("network", "layer"), len(networks), data["m2"].shape[1]
+    return xr.Dataset(
+        {name: (dims, array[:count]) for name, array in data.items()},
+        coords={"network": list(networks), "layer": np.arange(layers)},
+        attrs=made | {"networks": count},
+    )
 
 
 def _statistics(y: torch.Tensor, log_scale: Array) -> dict[str, Array]:

@@ -15,7 +15,7 @@ GENERATOR = np.random.default_rng(0)
 
 
 def by_hand(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """m^2 and v^2 per unit of y (inputs, units, positions), by going through all pairs of different inputs."""
+    """m^2 and v^2 per unit of y (inputs, units, positions), from all pairs of different inputs."""
     means = y.mean(-1)
     pairs = list(permutations(range(len(y)), 2))
     m2 = sum(means[a] * means[b] for a, b in pairs) / len(pairs)
@@ -32,6 +32,7 @@ def test_equals_arithmetic_by_hand(positions: int) -> None:
     np.testing.assert_allclose(found.sigma2, (y**2).mean(), rtol=1e-14)
     np.testing.assert_array_equal(found.largest, y.max((0, 2)))
     np.testing.assert_allclose(found.ratio, np.sqrt(max(m2.mean(), 0) / v2.mean()), rtol=1e-12)
+    np.testing.assert_allclose(found.fraction, v2.mean() / (m2 + v2).mean(), rtol=1e-12)
 
 
 def test_without_positions_is_the_textbook_estimate() -> None:
@@ -114,6 +115,7 @@ def test_tensors_arrays_and_dimensions_agree() -> None:
 def test_zero_over_zero_is_nan_without_a_warning() -> None:
     found = decompose(np.zeros((3, 2)))
     assert np.isnan(found.ratio)
+    assert np.isnan(found.fraction)
     assert found.sigma2 == 0
     assert decompose(np.ones((3, 2))).ratio == np.inf
 
@@ -172,11 +174,13 @@ def test_split_along_ray_by_hand() -> None:
                 found.angular[network], (across**2).sum() / 5 / 4, rtol=tolerance
             )
             np.testing.assert_allclose(found.m2[network], expected.m2, rtol=tolerance)
-            np.testing.assert_allclose(found.v2[network], expected.v2, rtol=tolerance)
+            for name in ("v2", "sigma2", "fraction", "ratio"):
+                values, right = getattr(found, name)[network], getattr(expected, name)
+                np.testing.assert_allclose(values, right, rtol=tolerance)
 
 
 def test_split_keeps_small_angles() -> None:
-    """Inputs on one ray to one part in a thousand million: the angular part is 1e-18 of the radial one, not rounding."""
+    """Inputs on one ray to 1e-9: the angular part is 1e-18 of the radial one, not rounding."""
     ray, side = np.array([3.0, 4.0, 0.0]), np.array([0.0, 0.0, 1.0])
     lengths = np.array([[1.0], [2.0], [4.0], [5.0]])
     found = split_along_ray(lengths * ray + 1e-9 * np.array([[1.0], [-1.0], [1.0], [-1.0]]) * side)
