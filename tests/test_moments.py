@@ -112,6 +112,14 @@ def test_tensors_arrays_and_dimensions_agree() -> None:
         assert found.v2[network] == pytest.approx(float(alone.v2), rel=1e-13)
 
 
+def test_squares_that_underflow_leave_no_negative_variance() -> None:
+    y = np.full((10_000, 2), 1e-162)  # the square of its sum does not underflow
+    y[0] = 0
+    found = decompose(y)
+    assert (found.variance >= 0).all()
+    assert found.v >= 0
+
+
 def test_zero_over_zero_is_nan_without_a_warning() -> None:
     found = decompose(np.zeros((3, 2)))
     assert np.isnan(found.ratio)
