@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svlib import Moments, decompose
-from svlib.moments import split_along_ray
+from svlib.moments import _along_last, split_along_ray
 
 GENERATOR = np.random.default_rng(0)
 
@@ -112,12 +112,15 @@ def test_tensors_arrays_and_dimensions_agree() -> None:
         assert found.v2[network] == pytest.approx(float(alone.v2), rel=1e-13)
 
 
-def test_squares_that_underflow_leave_no_negative_variance() -> None:
-    y = np.full((10_000, 2), 1e-162)  # the square of its sum does not underflow
-    y[0] = 0
-    found = decompose(y)
-    assert (found.variance >= 0).all()
-    assert found.v >= 0
+def test_sums_of_squares_that_underflow_are_not_negative() -> None:
+    y = torch.full((1, 2, 10_000), 1e-162, dtype=torch.float64)
+    y[..., 0] = 0
+    assert (y.sum(-1) ** 2 > 0).all()  # the squares underflow, that of the sum does not
+    for layout in (y, y.mT.contiguous().mT):
+        assert (_along_last(layout)[1] == 0).all()
+    found = decompose(y[0].T)
+    assert (found.variance == 0).all()
+    assert found.v == 0
 
 
 def test_zero_over_zero_is_nan_without_a_warning() -> None:
