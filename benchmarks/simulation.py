@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 import svlib as sv
-from svlib import simulation
+from svlib import gram
 
 FIGURE = (30, 100, 300, 1000, 3000)
 
@@ -47,8 +47,13 @@ def seconds(*calls: Callable[[], object], repetitions: int = 5) -> list[float]:
 def speed() -> None:
     print("milliseconds per layer and network; ratio to the plain loop")
     for width, samples, networks in [
-        (3000, 100, 6), (3000, 256, 5), (1000, 100, 20), (1000, 256, 16), (300, 100, 100), (300, 256, 60),
-    ]:  # fmt: skip
+        (3000, 100, 6),
+        (3000, 256, 5),
+        (1000, 100, 20),
+        (1000, 256, 16),
+        (300, 100, 100),
+        (300, 256, 60),
+    ]:
         depth, few = 20, max(1, networks // 6)
         loop, ours = seconds(
             lambda: plain(width, samples, depth, few),  # noqa: B023
@@ -57,7 +62,8 @@ def speed() -> None:
         per = [1e3 * loop / few / depth, 1e3 * ours / networks / depth]
         method = sv.simulate(width, 0, networks=1, samples=samples, seed=0).attrs["method"]
         print(
-            f"N = {width:4} S = {samples}: plain {per[0]:7.3f}  {method:7} {per[1]:7.3f}  ratio {per[0] / per[1]:5.1f}"
+            f"N = {width:4} S = {samples}: plain {per[0]:7.3f}  {method:7} {per[1]:7.3f}  "
+            f"ratio {per[0] / per[1]:5.1f}"
         )
 
 
@@ -67,9 +73,9 @@ def factors() -> None:
         a = torch.relu(torch.randn(5, samples, width))
         collinear = a[:, :1] * (1 + torch.rand(5, samples, 1)) + 1e-6 * a
         times = seconds(
-            lambda: simulation.factor(a),  # noqa: B023
-            lambda: simulation._triangular(a),  # noqa: B023
-            lambda: simulation.factor(collinear),  # noqa: B023
+            lambda: gram.factor(a),  # noqa: B023
+            lambda: gram._triangular(a),  # noqa: B023
+            lambda: gram.factor(collinear),  # noqa: B023
         )
         names = ("Cholesky, checked", "QR", "both, where the check fails")
         print(
@@ -94,13 +100,15 @@ def angles() -> None:
         repetitions=3,
     )
     print(
-        f"angles, 256 units, 32 layers, 5000 networks: {ours:.2f} s; with weights {loop / few * 5000:.0f} s from {few} networks"
+        f"angles, 256 units, 32 layers, 5000 networks: {ours:.2f} s; "
+        f"with weights {loop / few * 5000:.0f} s from {few} networks"
     )
 
 
 def memory() -> None:
     """In processes of their own; Linux only, for the high-water mark."""
-    peak = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    status = "(line for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+    peak = f"print(next({status}).split()[1])"
     for networks in (0, 5, 50, 200):
         call = (
             f"svlib.simulate(3000, 5, networks={networks}, samples=256, seed=0);"
@@ -114,7 +122,8 @@ def memory() -> None:
             check=True,
         )
         print(
-            f"peak resident size, N = 3000, S = 256, {networks:3} networks: {int(done.stdout) // 1024} MiB"
+            f"peak resident size, N = 3000, S = 256, {networks:3} networks: "
+            f"{int(done.stdout) // 1024} MiB"
         )
 
 

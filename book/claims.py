@@ -14,11 +14,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import nbformat
+import xarray as xr
 from IPython.display import Markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-COLUMNS = ("claim", "verdict", "ours", "expected", "source", "tolerance")
+COLUMNS = (
+    "claim",
+    "verdict",
+    "ours",
+    "expected",
+    "source",
+    "tolerance",
+)
 CHAPTERS = (
     "01-two-variances",
     "02-infinite-width",
@@ -30,7 +38,11 @@ STORING = os.environ.get("SVLIB_STORE") == "1"
 
 
 def verdict(
-    relation: str, paper: float, ours: float, error: float, tolerance: float
+    relation: str,
+    paper: float,
+    ours: float,
+    error: float,
+    tolerance: float,
 ) -> str:
     """Judge a finding. ``error`` is its standard error, 0 if exact.
 
@@ -45,6 +57,13 @@ def verdict(
     if abs(margin) <= 2 * error:
         return "unresolved"
     return "reproduced" if margin > 0 else "**differs**"
+
+
+def value(variable: xr.DataArray, **where: object) -> tuple[float, float]:
+    """Mean and standard error of one entry of a summary."""
+    chosen = variable.sel(where)
+    mean, error = (float(chosen.sel(statistic=name)) for name in ("mean", "error"))
+    return mean, error
 
 
 def _row(
@@ -107,7 +126,10 @@ def stored(chapter: str) -> list[tuple[str, ...]]:
 def overview(link: str = "[{number}]({chapter}.ipynb)") -> Markdown:
     """All stored claims in one table, each with a link to its chapter."""
     rows = [
-        (*row, link.format(number=chapter[:2].lstrip("0"), chapter=chapter))
+        (
+            *row,
+            link.format(number=chapter[:2].lstrip("0"), chapter=chapter),
+        )
         for chapter in CHAPTERS
         for row in stored(chapter)
     ]
@@ -138,7 +160,8 @@ def main() -> None:
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     table = str(overview("[{number}](book/{chapter}.ipynb)").data)
     readme.write_text(
-        before + BEGIN + table + END + rest.split(END)[1], encoding="utf-8"
+        before + BEGIN + table + END + rest.split(END)[1],
+        encoding="utf-8",
     )
     picture = figure("03-finite-width", "fig-finite-width")
     (RESULTS / "finite-width.svg").write_text(picture, encoding="utf-8")

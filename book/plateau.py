@@ -54,9 +54,12 @@ def inputs(case: str, width: int) -> torch.Tensor | None:
 
 
 def law(case: str, width: int) -> dict[str, np.ndarray]:
-    """The parts of the law by layer, from what it needs to know of the inputs: the spread
-    of their norms, and their correlations. Where these differ from pair to pair, as in
-    images, the parts are averages over pairs, in a dozen groups of near correlation."""
+    """The parts of v^2 over m^2 by layer.
+
+    They follow from the spread of the inputs' norms and from their
+    correlations. Where these differ from pair to pair, as in images, the
+    parts are averages over pairs, in a dozen groups of near correlation.
+    """
     x, cv2, groups = inputs(case, width), 0.0, [np.zeros(1)]
     if x is not None:
         norms = x.double().norm(dim=1)
@@ -71,14 +74,16 @@ def law(case: str, width: int) -> dict[str, np.ndarray]:
         )
         for group in groups
     ]
-    correlation = np.mean([1 / (1 + each.angular) for each in laws], axis=0)
-    with np.errstate(divide="ignore"):
-        angular = 1 / correlation - 1
-    radial, remainder = (
-        np.mean([getattr(each, part) for each in laws], axis=0)
-        for part in ("radial", "remainder")
-    )
-    return {"angular": angular, "radial": cv2 + radial, "remainder": remainder}
+    rho = np.mean([x.m2 / (x.m2 + x.angular) for x in laws], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # white: m2 = 0
+        radial = np.mean([x.radial / x.m2 for x in laws], axis=0)
+        rest = np.mean([x.remainder / x.m2 for x in laws], axis=0)
+        angular = 1 / rho - 1
+    return {
+        "angular": angular,
+        "radial": cv2 + radial,
+        "remainder": rest,
+    }
 
 
 def activation(case: str) -> dict[str, Any]:
@@ -99,9 +104,34 @@ def simulate(case: str, width: int, first: int, networks: int) -> xr.Dataset:
         progress=False,
         **activation(case),
     )
-    parts = record[["v2", "angular", "radial"]] / record.m2
-    kept: xr.Dataset = parts.sel(layer=list(LAYERS)).assign_attrs(record.attrs)
-    return kept
+    parts = {f"{name}_over_m2": name for name in ("v2", "angular", "radial")}
+    kept: xr.Dataset = record[list(parts)].sel(layer=list(LAYERS))
+    return kept.rename(parts)
+
+
+def table() -> pd.DataFrame:
+    """The stored record, with the law and the measured excess over it."""
+    found = pd.read_csv(RESULTS / "plateau.csv")
+    law = found["law angular"] + found["law radial"] + found["law remainder"]
+    found["per cent"] = 100 * (found.v2 / law - 1)
+    found["error"] = 100 * found["v2 error"] / law
+    found["N v²/m², measured"] = found.width * found.v2
+    found["law"] = found.width * law
+    return found
+
+
+def by_layer(found: pd.DataFrame, layers: list[int]) -> pd.DataFrame:
+    """The excess in per cent with its error: cases and widths by layer."""
+    pairs = zip(found["per cent"], found["error"], strict=True)
+    cells = found.assign(text=[f"{x:+.1f} ± {e:.1f}" for x, e in pairs])
+    whole = cells.pivot_table(
+        index=["case", "width"],
+        columns="layer",
+        values="text",
+        aggfunc="first",
+        sort=False,
+    )
+    return whole[layers]
 
 
 def main(store: Path) -> None:
@@ -138,7 +168,9 @@ def main(store: Path) -> None:
                 }
                 rows.append(row)
             pd.DataFrame(rows).to_csv(
-                RESULTS / "plateau.csv", index=False, float_format="%.6g"
+                RESULTS / "plateau.csv",
+                index=False,
+                float_format="%.6g",
             )
             print(case, width, flush=True)
 

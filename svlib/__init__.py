@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib import plot as plot
     from svlib import sweep as sweep
     from svlib import theory as theory
+    from svlib.ensemble import Ensemble as Ensemble
     from svlib.experiments import comparison as comparison
     from svlib.experiments import data as data
     from svlib.experiments import networks as networks
@@ -39,6 +40,7 @@ _MODULES = {  # room: modules that are reached by their own name
     "svlib.probing": ["diagnosis", "init", "report"],
 }
 _NAMES = {  # module: its names that svlib has too
+    "svlib.ensemble": ["Ensemble"],
     "svlib.moments": ["Decomposition", "Moments", "decompose"],
     "svlib.pairs": ["simulate_angles"],
     "svlib.simulation": ["sample_preactivations", "simulate", "summarize"],

@@ -106,11 +106,8 @@ def sweep_widths(widths: tuple[str, ...], output: Path, **options: Any) -> None:
     if len(counts) < len(widths) or min(counts.values()) < 1:
         message = f"must be different widths like 30:400, got {' '.join(widths)}"
         raise click.BadParameter(message, param_hint="WIDTH:NETWORKS")
-    summaries = []
-    for record in _simulated(counts, output=output, **options):
-        relative = record[["v2", "angular", "radial"]] / record.m2
-        relative = relative.rename({name: f"{name}_over_m2" for name in relative})
-        summaries.append(simulation.summarize(record.merge(relative)))
+    records = _simulated(counts, output=output, **options)
+    summaries = [simulation.summarize(record) for record in records]
     joined = xr.concat(summaries, "width", combine_attrs="drop_conflicts")
     seconds = sum(summary.attrs["wall_time"] for summary in summaries)
     _write(joined.assign_coords(width=list(counts)).assign_attrs(wall_time=seconds), output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,8 +30,45 @@ def _divide(numerator: Array, denominator: Array) -> Array:
         return np.asarray(np.divide(numerator, denominator))
 
 
+class Squares:
+    """sigma^2, m, v, m/v and v^2/sigma^2 of a class that has ``m2`` and ``v2``."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def m2(self) -> Array: ...
+
+        @property
+        def v2(self) -> Array: ...
+
+    @property
+    def sigma2(self) -> Array:
+        """sigma^2 = m^2 + v^2, which is exactly the mean square of the preactivations."""
+        return np.asarray(self.m2 + self.v2)
+
+    @property
+    def m(self) -> Array:
+        """m = sqrt(max(m^2, 0)); biased, because of the root and the clipping."""
+        return np.asarray(np.sqrt(np.maximum(self.m2, 0)))
+
+    @property
+    def v(self) -> Array:
+        """v; biased, because of the root."""
+        return np.asarray(np.sqrt(self.v2))
+
+    @property
+    def ratio(self) -> Array:
+        """m/v; biased. NaN where both are 0."""
+        return _divide(self.m, self.v)
+
+    @property
+    def fraction(self) -> Array:
+        """v^2/sigma^2, the fraction of the variance that tells inputs apart; NaN for 0/0."""
+        return _divide(self.v2, self.sigma2)
+
+
 @dataclass(frozen=True, eq=False)
-class Decomposition:
+class Decomposition(Squares):
     """Sample mean and sample variance of every unit, and their averages over units.
 
     All arrays are NumPy float64. ``mean``, ``squared_mean``, ``variance`` and ``largest`` have the
@@ -44,7 +81,7 @@ class Decomposition:
         variance: Unbiased sample variance of each unit.
         largest: Largest preactivation of each unit. Where it is not positive, a ReLU behind the
             unit passes nothing.
-        inputs: Number of inputs S.
+        samples: Number of inputs S.
     """
 
     mean: Array
@@ -62,30 +99,6 @@ class Decomposition:
     def v2(self) -> Array:
         """v^2, unbiased."""
         return np.asarray(self.variance.mean(-1))
-
-    @property
-    def sigma2(self) -> Array:
-        """sigma^2 = m^2 + v^2, which is exactly the mean square of the preactivations."""
-        return np.asarray(self.m2 + self.v2)
-
-    @property
-    def fraction(self) -> Array:
-        return _divide(self.v2, self.sigma2)
-
-    @property
-    def m(self) -> Array:
-        """m = sqrt(max(m^2, 0)); biased, because of the root and the clipping."""
-        return np.asarray(np.sqrt(np.maximum(self.m2, 0)))
-
-    @property
-    def v(self) -> Array:
-        """v; biased, because of the root."""
-        return np.asarray(np.sqrt(self.v2))
-
-    @property
-    def ratio(self) -> Array:
-        """m/v; biased. NaN where both are 0."""
-        return _divide(self.m, self.v)
 
 
 class Moments:
@@ -123,7 +136,7 @@ class Moments:
         self._dims = tuple(
             _check.integer(name, dim, -64) for name, dim in zip(names, dims, strict=True)
         )
-        self._inputs = 0
+        self._samples = 0
         self._mean: torch.Tensor  # (*kept, units), mean over inputs of the position means
         self._within: torch.Tensor  # sum over inputs of the position mean of (y - mean)^2
         self._between: torch.Tensor  # sum over inputs of (position mean - mean)^2
@@ -134,29 +147,25 @@ class Moments:
 
         Args:
             y: Array or tensor of real numbers, with the dimensions named at construction.
-
-        Raises:
-            TypeError: If ``y`` does not hold real numbers.
-            ValueError: If ``y`` is empty, not finite, lacks a dimension, or differs in shape from
-                earlier chunks.
         """
         y = _check.numbers("y", y)
         dims = [dim + y.ndim if dim < 0 else dim for dim in self._dims]
         if not all(0 <= dim < y.ndim for dim in dims) or len(set(dims)) < len(dims):
             raise ValueError(
-                f"y must have distinct dimensions {self._dims} (sample, unit, positions), got shape {tuple(y.shape)}"
+                f"y must have distinct dimensions {self._dims} (sample, unit, positions), "
+                f"got shape {tuple(y.shape)}"
             )
         if y.numel() == 0:
             raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
         kept = [dim for dim in range(y.ndim) if dim not in dims]
         y = y.permute(dims[0], *kept, dims[1], *dims[2:])
         y = y.reshape(*y.shape[: len(kept) + 2], -1)  # (inputs, *kept, units, positions)
-        inputs, positions = len(y), y.shape[-1]
+        samples, positions = len(y), y.shape[-1]
         if positions == 1:  # then the sums below run over inputs
             y = y[..., 0].movedim(0, -1)[None]
         means, squares, largest = _along_last(y)
         chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
-        chunk._inputs, chunk._mean, chunk._largest = inputs, means.mean(0), largest.amax(0)
+        chunk._samples, chunk._mean, chunk._largest = samples, means.mean(0), largest.amax(0)
         within = squares.sum(0) / positions
         chunk._between = within if positions == 1 else (means - chunk._mean).square_().sum(0)
         chunk._within = within if positions == 1 else within + chunk._between
@@ -168,63 +177,49 @@ class Moments:
         return self.merge(chunk)
 
     def merge(self, other: Moments) -> Moments:
-        """Add the inputs that ``other`` has seen, by the pairwise update of Chan et al. (1979).
-
-        Raises:
-            TypeError: If ``other`` is not a ``Moments``.
-            ValueError: If ``other`` was made for other dimensions or has seen another shape.
-        """
+        """Add the inputs that ``other`` has seen, by the pairwise update of Chan et al. (1979)."""
         if not isinstance(other, Moments):
             raise TypeError(f"other must be a Moments, got {type(other).__name__}")
         if other._dims != self._dims:
             raise ValueError(f"other must have the dimensions {self._dims}, got {other._dims}")
-        if other._inputs == 0:
+        if other._samples == 0:
             return self
-        if self._inputs == 0:
-            self._inputs, self._mean = other._inputs, other._mean
-            self._within, self._between, self._largest = (
-                other._within,
-                other._between,
-                other._largest,
-            )
+        if self._samples == 0:
+            self.__dict__.update(other.__dict__)
             return self
         if self._mean.shape != other._mean.shape:
             raise ValueError(
-                f"every chunk must have units of shape {tuple(self._mean.shape)}, got {tuple(other._mean.shape)}"
+                f"every chunk must have units of shape {tuple(self._mean.shape)}, "
+                f"got {tuple(other._mean.shape)}"
             )
-        inputs = self._inputs + other._inputs
+        samples = self._samples + other._samples
         step = other._mean - self._mean
-        shift = step.square() * (self._inputs * other._inputs / inputs)
-        self._mean = self._mean + step * (other._inputs / inputs)
+        shift = step.square() * (self._samples * other._samples / samples)
+        self._mean = self._mean + step * (other._samples / samples)
         self._within = self._within + other._within + shift
         self._between = self._between + other._between + shift
         self._largest = self._largest.maximum(other._largest)
-        self._inputs = inputs
+        self._samples = samples
         return self
 
     def result(self) -> Decomposition:
-        """Return the decomposition of all inputs seen so far.
-
-        Raises:
-            ValueError: If fewer than two inputs have been seen: one input has no sample variance.
-        """
-        if self._inputs < 2:
-            raise ValueError(f"y must hold at least 2 inputs, got {self._inputs}")
-        variance_of_mean = self._between / (self._inputs * (self._inputs - 1))
+        """Return the decomposition of all inputs seen so far, two at least."""
+        if self._samples < 2:
+            raise ValueError(f"y must hold at least 2 inputs, got {self._samples}")
+        variance_of_mean = self._between / (self._samples * (self._samples - 1))
         return Decomposition(
             mean=self._mean.cpu().numpy(),
             squared_mean=(self._mean.square() - variance_of_mean).cpu().numpy(),
-            variance=(self._within / self._inputs + variance_of_mean).cpu().numpy(),
+            variance=(self._within / self._samples + variance_of_mean).cpu().numpy(),
             largest=self._largest.cpu().numpy(),
-            samples=self._inputs,
+            samples=self._samples,
         )
 
 
 def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, sum of squares about it, and largest entry, along the last dimension, in float64."""
-    shift = y[..., :1].to(
-        torch.float64
-    )  # of the size of the mean, so that digits survive where the mean is large
+    # a shift of the size of the mean, so that digits survive where the mean is large
+    shift = y[..., :1].to(torch.float64)
     sums, squares = (torch.empty_like(shift[..., 0]) for _ in range(2))
     largest = y.new_empty(y.shape[:-1])
     rows, columns = (max(1, _ENTRIES[y.is_cuda] // part.numel()) for part in (y[0], y[0, 0]))
@@ -253,28 +248,24 @@ def decompose(
     """Split the mean square of preactivations into m^2 and v^2 (the paper's equation for sigma^2).
 
     Args:
-        y: Array or tensor of real numbers, by default (inputs, units).
+        y: Array or tensor of real numbers, by default (inputs, units); at least two inputs.
         sample_dim: Dimension that runs over inputs.
         unit_dim: Dimension that runs over units (channels).
         position_dims: Dimensions that run over positions (see :class:`Moments`). Other dimensions,
             networks for example, are kept.
 
-    Raises:
-        TypeError: If ``y`` does not hold real numbers.
-        ValueError: If ``y`` is empty, not finite, lacks a dimension or has fewer than two inputs.
-
     Examples:
         >>> result = decompose([[0.0, 5.0], [2.0, 5.0]])
         >>> result.mean, result.variance
         (array([1., 5.]), array([2., 0.]))
-        >>> print(result.m2, result.v2, result.sigma2)
-        12.5 1.0 13.5
+        >>> print(result.m2, result.v2, result.sigma2, round(float(result.fraction), 3))
+        12.5 1.0 13.5 0.074
     """
     return Moments(sample_dim, unit_dim, position_dims).update(y).result()
 
 
 @dataclass(frozen=True, eq=False)
-class RaySplit:
+class RaySplit(Squares):
     """m^2 and the two parts of v^2; arrays of the kept dimensions, NumPy float64.
 
     Attributes:
@@ -310,10 +301,6 @@ def split_along_ray(y: Any) -> RaySplit:
     Args:
         y: Array or tensor (..., inputs, units), at least 2 inputs.
 
-    Raises:
-        TypeError: If ``y`` does not hold real numbers.
-        ValueError: If ``y`` is empty, not finite, has fewer than two dimensions or inputs.
-
     Examples:
         >>> bool(split_along_ray([[1.0, 2.0], [3.0, 6.0]]).angular < 1e-12)  # two inputs on one ray
         True
@@ -329,7 +316,7 @@ def split_along_ray(y: Any) -> RaySplit:
 
 
 def _split_along_ray(y: torch.Tensor) -> RaySplit:
-    inputs, units = y.shape[-2:]
+    samples, units = y.shape[-2:]
     mean = y.mean(-2, keepdim=True)
     length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
     ray = torch.where(length > 0, mean / length, 0)
@@ -337,7 +324,7 @@ def _split_along_ray(y: torch.Tensor) -> RaySplit:
     along = centred @ ray.mT
     across = torch.linalg.vector_norm(centred.addcmul_(along, ray, value=-1), dim=-1, keepdim=True)
     radial, angular = (
-        x.double().square().sum((-2, -1)) / (units * (inputs - 1)) for x in (along, across)
+        x.double().square().sum((-2, -1)) / (units * (samples - 1)) for x in (along, across)
     )
-    m2 = length[..., 0, 0].double().square() / units - (radial + angular) / inputs
+    m2 = length[..., 0, 0].double().square() / units - (radial + angular) / samples
     return RaySplit(*(x.cpu().numpy() for x in (m2, angular, radial)))

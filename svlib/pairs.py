@@ -3,14 +3,17 @@ r"""Two inputs through random networks of finite width: their angle, accurate ho
 Given the activations of two inputs, only their lengths and their angle matter for the next layer.
 With standard normal vectors :math:`g_1,g_2` of N units the next are :math:`\phi(g_1)` and
 :math:`\phi(g_1\cos\theta+g_2\sin\theta)`, each times a length. This is the gram method for S = 2.
-What the second has beside :math:`\cos\theta\,\phi(g_1)` is formed in units of :math:`\sin\theta`,
-so that no digit of a small angle is lost.
+The part of the second beside :math:`\cos\theta\,\phi(g_1)` is formed in units of
+:math:`\sin\theta`, so that no digit of a small angle is lost. Jakub & Nica (2023),
+arXiv:2302.09712, study the same ensemble: weights Gaussian, no biases; the scale of the weights
+does not matter.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +26,8 @@ from svlib._random import fill_normal, stream
 
 ACTIVATIONS = ("relu", "leaky_relu", "linear")
 _NETWORKS_AT_A_TIME = 512
-_NUMBERS_AT_A_TIME = (
-    2**13
-)  # of one network; the layers drawn together may depend on nothing but the width
+# of one network; the layers drawn together may depend on nothing but the width
+_NUMBERS_AT_A_TIME = 2**13
 
 
 def simulate_angles(
@@ -43,31 +45,19 @@ def simulate_angles(
 ) -> xr.Dataset:
     r"""Follow the angle between the activations of two inputs through random networks.
 
-    Jakub & Nica (2023), arXiv:2302.09712, study the same ensemble: weights Gaussian, no biases; the
-    scale of the weights does not matter.
-
     Args:
         width: Units n of every layer.
         depth: Number of layers (weight matrix and activation).
         angle: Angle between the two inputs, in radians, in (0, pi].
         networks: Number of networks; network k has the stream (seed, k).
-        seed: Seed of the ensemble.
-        device: Where to compute.
-        dtype: ``torch.float32`` or ``torch.float64``, or its name.
         activation: "relu", "leaky_relu" or "linear".
-        negative_slope: The slope of leaky ReLU.
-        progress: Show a progress bar; ``None`` shows it on a terminal only.
+        seed, device, dtype, negative_slope, progress: As in :func:`svlib.simulate`.
 
     Returns:
-        Dataset with dimensions ``network`` and ``layer`` (depth + 1; layer 0 the inputs, layer l
-        the activations after l layers), float64: ``ln_sin2``, :math:`\ln\sin^2\theta`, minus
-        infinity once fewer than two units tell the inputs apart; ``cosine``; ``log_ratio``, the
-        logarithm of the ratio of the two lengths over that of the inputs; ``dead``, whether the
-        activations of one input are all 0 (the others are NaN then).
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, a name unknown or the device not there.
+        Dataset by ``network`` and ``layer`` (depth + 1; layer 0 the inputs, layer l the activations
+        after l layers): ``ln_sin2``, :math:`\ln\sin^2\theta`, minus infinity once fewer than two
+        units tell the inputs apart; ``cosine``; ``log_ratio``, ln of the ratio of the two lengths
+        over that of the inputs; ``dead``, activations of one input are all 0 (the others are NaN).
 
     Examples:
         >>> record = simulate_angles(256, 8, angle=0.1, networks=100, seed=0)
@@ -78,73 +68,44 @@ def simulate_angles(
     width, depth = _check.integer("width", width), _check.integer("depth", depth, 0)
     networks, seed = _check.integer("networks", networks), _check.integer("seed", seed, 0)
     angle = _check.real("angle", angle, 0, math.pi, open_low=True)
-    found = _check.device(device)
-    dtype = _check.precision(dtype)
-    slope = (
-        1.0 if _check.choice("activation", activation, ACTIVATIONS) == "linear" else negative_slope
-    )
-    _check.activation(activation, negative_slope, ACTIVATIONS)
+    found, dtype = _check.device(device), _check.precision(dtype)
+    slope = _check.activation(activation, negative_slope, ACTIVATIONS)
     results = np.full((4, networks, depth + 1), np.nan)
-    with tqdm(
-        total=networks * depth, disable=None if progress is None else not progress, unit="layer"
-    ) as bar:
+    hidden = None if progress is None else not progress
+    with tqdm(total=networks * depth, disable=hidden, unit="layer") as bar:
         for start in range(0, networks, _NETWORKS_AT_A_TIME):
             block = range(start, min(start + _NETWORKS_AT_A_TIME, networks))
-            state = _Pair(
-                width,
-                angle,
-                [stream(seed, "pair", network, found) for network in block],
-                slope,
-                dtype,
-            )
-            results[:, start : block.stop, 0] = state.statistics()
-            for layer in range(1, depth + 1):
-                state.advance()
+            generators = [stream(seed, "pair", network, found) for network in block]
+            state = _Pair(width, angle, generators, 1.0 if activation == "linear" else slope, dtype)
+            for layer in range(depth + 1):
+                if layer > 0:
+                    state.advance()
+                    bar.update(len(block))
                 results[:, start : block.stop, layer] = state.statistics()
-                bar.update(len(block))
-    dims = ("network", "layer")
-    names = ("ln_sin2", "cosine", "log_ratio", "dead")
-    arrays = [*results[:3], results[3] == 1]
-    configuration = {
-        "width": width,
-        "depth": depth,
-        "networks": networks,
-        "seed": seed,
-        "angle": angle,
-        "dtype": str(dtype),
-    }
+    made = {"width": width, "depth": depth, "networks": networks, "seed": seed, "angle": angle}
+    kind = {"dtype": str(dtype), "activation": activation, "negative_slope": slope}
+    names, arrays = ("ln_sin2", "cosine", "log_ratio", "dead"), [*results[:3], results[3] == 1]
     return xr.Dataset(
-        {name: (dims, array) for name, array in zip(names, arrays, strict=True)},
-        coords={"network": np.arange(networks), "layer": np.arange(depth + 1)},
-        attrs=provenance(found, started)
-        | configuration
-        | {"activation": activation, "negative_slope": float(negative_slope)},
+        {name: (("network", "layer"), array) for name, array in zip(names, arrays, strict=True)},
+        {"network": np.arange(networks), "layer": np.arange(depth + 1)},
+        provenance(found, started) | made | kind,
     )
 
 
 class _Pair:
-    """Length ratio and angle of two activations in each of a block of networks; float64 tensors (networks, 1)."""
+    """Length ratio and angle of two activations in a block of networks; float64, (networks, 1)."""
 
     def __init__(
-        self,
-        width: int,
-        angle: float,
-        generators: list[torch.Generator],
-        slope: float,
-        dtype: torch.dtype,
+        self, width: int, angle: float, generators: list[torch.Generator], slope: float, dtype: Any
     ) -> None:
-        self.generators, self.slope, self.dtype = generators, slope, dtype
-        layers = max(1, _NUMBERS_AT_A_TIME // (2 * width))
-        self.numbers = torch.empty(
-            len(generators), layers, 2, width, device=generators[0].device, dtype=dtype
-        )
+        self.generators, self.slope = generators, slope
+        size = len(generators), max(1, _NUMBERS_AT_A_TIME // (2 * width)), 2, width
+        self.numbers = torch.empty(size, device=generators[0].device, dtype=dtype)
         self.unused: list[torch.Tensor] = []
-        start = torch.zeros(len(generators), 1, dtype=torch.float64, device=generators[0].device)
-        self.cosine, self.log_sine, self.log_ratio = (
-            start + math.cos(angle),
-            start + math.log(math.sin(angle)),
-            start,
-        )
+        start = self.numbers.new_zeros(len(generators), 1, dtype=torch.float64)
+        self.cosine = start + math.cos(angle)
+        self.log_sine = start + math.log(math.sin(angle))
+        self.log_ratio = start
 
     def advance(self) -> None:
         if not self.unused:
@@ -152,23 +113,20 @@ class _Pair:
         g1, g2 = self.unused.pop().unbind(1)  # each (networks, width)
         # (phi(c g1 + s g2) - c phi(g1)) / s without cancellation: for ReLU, with t = -c / s, it is
         # max(g2, t g1) - t min(g1, 0)
-        turn = torch.exp(-self.log_sine).mul_(-self.cosine).clamp_(-1e30, 1e30).to(self.dtype)
+        turn = (
+            torch.exp(-self.log_sine).mul_(-self.cosine).clamp_(-1e30, 1e30).to(self.numbers.dtype)
+        )
         beside = torch.maximum(g2, turn * g1).sub_(g1.clamp(max=0).mul_(turn))
         first = torch.relu(g1)
         if self.slope != 0:
-            beside, first = (
-                self.slope * z + (1 - self.slope) * relu for z, relu in ((g2, beside), (g1, first))
-            )
-
+            beside = self.slope * g2 + (1 - self.slope) * beside
+            first = self.slope * g1 + (1 - self.slope) * first
         square = torch.linalg.vecdot(first, first)[:, None]
         along = torch.linalg.vecdot(first, beside)[:, None] / square
-        across = (
-            torch.linalg.vector_norm(beside.addcmul_(along, first, value=-1), dim=1, keepdim=True)
-            / square.sqrt()
-        )
-        rounding = (
-            16 * torch.finfo(self.dtype).eps
-        )  # one active unit leaves no angle, none leaves nothing
+        beside.addcmul_(along, first, value=-1)
+        across = torch.linalg.vector_norm(beside, dim=1, keepdim=True) / square.sqrt()
+        # one active unit leaves no angle, none leaves nothing
+        rounding = 16 * torch.finfo(self.numbers.dtype).eps
         across = torch.where(across > rounding * along.abs(), across, 0).double()
         along = self.cosine + self.log_sine.exp() * along
         along = torch.where(along.abs() > rounding * self.cosine.abs(), along, 0)

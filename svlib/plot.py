@@ -25,11 +25,12 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 STYLE: Any = {
-    "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "text.color": GREY,
-    "xtick.color": GREY, "ytick.color": GREY, "legend.labelcolor": GREY, "legend.frameon": False,
-    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "font.size": 12,
-    "axes.titlesize": 12, "lines.linewidth": 1.8, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "text.color"), GREY),
+    **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor", "grid.color"), GREY),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "font.size": 12, "axes.titlesize": 12, "lines.linewidth": 1.8,
+    "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True,
     "axes.prop_cycle": cycler(color=COLORS), "svg.hashsalt": "svlib",
 }  # fmt: skip
 """Matplotlib's rcParams for pictures that are transparent, grey and reproducible as SVG."""
@@ -49,12 +50,8 @@ def look(index: int) -> dict[str, Any]:
     """Colour, line style and marker of the series with this index, for ``Axes.plot``."""
     if index < 0:
         raise ValueError(f"index must be at least 0, got {index}")
-    return {
-        "color": COLORS[index % 6],
-        "linestyle": _STYLES[index % 6],
-        "marker": _MARKERS[index % 6],
-        "markersize": 4,
-    }
+    color, style, marker = (x[index % 6] for x in (COLORS, _STYLES, _MARKERS))
+    return {"color": color, "linestyle": style, "marker": marker, "markersize": 4}
 
 
 def _axes(axes: Axes | None) -> Axes:
@@ -62,12 +59,19 @@ def _axes(axes: Axes | None) -> Axes:
 
 
 def band(
-    x: Any, mean: Any, spread: Any, *, index: int = 0, label: str = "", axes: Axes | None = None
+    x: Any,
+    mean: Any = None,
+    spread: Any = None,
+    *,
+    index: int = 0,
+    label: str = "",
+    axes: Axes | None = None,
 ) -> Axes:
     """A line with a band of ``spread`` on either side.
 
     Args:
-        x: (points,) positions.
+        x: (points,) positions. Alone, a variable of a record or of its summary, ``record.fraction``
+            for example: the line is its mean over networks, the band one standard error.
         mean: (points,) the line.
         spread: (points,) half the height of the band, in the units of ``mean``.
         index: Which colour and style.
@@ -75,31 +79,88 @@ def band(
         axes: Where to draw.
     """
     axes = _axes(axes)
+    if mean is None:
+        x, mean, spread = _mean_and_error(x)
+        axes.set(xlabel=x.name)
     mean, spread = np.asarray(mean), np.asarray(spread)
     axes.plot(x, mean, label=label, markevery=max(1, len(mean) // 8), **look(index))
-    axes.fill_between(
-        x, mean - spread, mean + spread, color=COLORS[index % 6], alpha=0.2, linewidth=0
-    )
+    edges = mean - spread, mean + spread
+    axes.fill_between(x, *edges, color=COLORS[index % 6], alpha=0.2, linewidth=0)
+    return axes
+
+
+def _mean_and_error(values: Any) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+    """Coordinate, mean and standard error of a variable by network or by statistic."""
+    if not isinstance(values, xr.DataArray) or not {"network", "statistic"} & set(values.dims):
+        raise TypeError(
+            "x must come with mean and spread, or be a variable of a record or a summary, "
+            f"got {type(values).__name__}"
+        )
+    if "statistic" in values.dims:
+        mean, error = (values.sel(statistic=name) for name in ("mean", "error"))
+    else:
+        finite = values.where(np.isfinite)
+        mean = finite.mean("network")
+        error = finite.std("network", ddof=1) / np.sqrt(finite.count("network"))
+    return mean[mean.dims[0]], mean, error
+
+
+def theory(
+    values: Any, *, label: str = "infinite width", x: Any = None, axes: Axes | None = None
+) -> Axes:
+    """A result of theory, as a dashed grey line.
+
+    Args:
+        values: (layers,) ``trajectory(49).ratio`` for example.
+        label: Name in the legend.
+        x: (layers,) positions, by default 0, 1, 2, ...
+        axes: Where to draw.
+    """
+    axes = _axes(axes)
+    x = np.arange(len(values)) if x is None else x
+    axes.plot(x, values, label=label, color=GREY, linestyle="--", linewidth=1.4)
+    return axes
+
+
+def points(x: Any, y: Any, *, label: str = "paper", axes: Axes | None = None) -> Axes:
+    """Values from elsewhere, the paper's for example, as white circles with a dark rim."""
+    axes = _axes(axes)
+    axes.scatter(x, y, facecolor="white", edgecolor="#404040", s=28, zorder=5, label=label)
+    return axes
+
+
+def fractions(series: dict[str, Any], *, axes: Axes | None = None) -> Axes:
+    """v^2/sigma^2 against layer, on a logarithmic scale.
+
+    Args:
+        series: Name in the legend to a record or its summary (a line with a band of one standard
+            error over networks) or a trajectory (a line).
+        axes: Where to draw.
+    """
+    axes = _axes(axes)
+    for index, (label, item) in enumerate(series.items()):
+        if isinstance(item, xr.Dataset):
+            band(item.fraction, index=index, label=label, axes=axes)
+        else:
+            axes.plot(item.fraction, label=label, **look(index) | {"marker": None})
+    axes.set(xlabel="layer", ylabel=r"$v^2/\sigma^2$", yscale="log")
+    axes.legend()
     return axes
 
 
 def ratio(record: xr.Dataset, *, index: int = 0, label: str = "", axes: Axes | None = None) -> Axes:
-    """m/v against layer: the mean over networks, the band one standard deviation over networks (the paper's figure)."""
-    over = record.ratio
-    axes = band(
-        record.layer,
-        over.mean("network"),
-        over.std("network", ddof=1),
-        index=index,
-        label=label,
-        axes=axes,
-    )
+    """m/v against layer, mean and standard deviation over networks (the paper's figure)."""
+    spread = record.ratio.std("network", ddof=1)
+    mean = record.ratio.mean("network")
+    axes = band(record.layer, mean, spread, index=index, label=label, axes=axes)
     axes.set(xlabel="layer", ylabel="$m/v$")
     return axes
 
 
 def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -> Axes:
-    """m, v and sigma by layer; on a logarithmic scale, down to 1/30 of the smallest sigma, where sigma changes 30 times.
+    """m, v and sigma by layer.
+
+    Where sigma changes by a factor of 30 the scale is logarithmic, down to 1/30 of its smallest.
 
     Args:
         table: Anything with ``m2`` and ``v2`` by layer: a :class:`svlib.theory.Trajectory`, the
@@ -108,26 +169,19 @@ def decomposition(table: Any, *, theory: Any = None, axes: Axes | None = None) -
         theory: Another such, drawn beneath as broad pale lines; those of an
             :class:`svlib.Explanation` are broken where theory starts anew from the measured values.
         axes: Where to draw.
-
-    Raises:
-        TypeError: If ``table`` or ``theory`` has no m2 and v2.
-        ValueError: If their lengths differ.
     """
     for name, value in {"table": table, "theory": table if theory is None else theory}.items():
         if not (hasattr(value, "m2") and hasattr(value, "v2")):
             raise TypeError(f"{name} must have m2 and v2 by layer, got {type(value).__name__}")
-        if len(value.m2) != len(table.m2):
-            raise ValueError(
-                f"theory must have the {len(table.m2)} layers of table, got {len(value.m2)}"
-            )
+        if (layers := len(value.m2)) != len(table.m2):
+            raise ValueError(f"theory must have the {len(table.m2)} layers of table, got {layers}")
     axes = _axes(axes)
     if theory is not None:
         starts = np.asarray(getattr(theory, "start", [""] * len(theory.m2))) != ""
         for index, square in enumerate(_decomposed(theory).values()):
+            broad: Any = {"color": COLORS[index], "linewidth": 7, "alpha": 0.3}
             for part in np.split(np.arange(len(square)), np.flatnonzero(starts)):
-                line = axes.plot(
-                    part, np.sqrt(square[part]), color=COLORS[index], linewidth=7, alpha=0.3
-                )
+                line = axes.plot(part, np.sqrt(square[part]), **broad)
         line[0].set_label("theory")
     for index, (label, square) in enumerate(_decomposed(table).items()):
         axes.plot(np.sqrt(square), label=label, markevery=max(1, len(square) // 10), **look(index))
@@ -155,9 +209,8 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
         The axes, (rows, columns).
     """
     names = list(layers)
-    _, grid = plt.subplots(
-        len(names), len(columns), sharex=True, squeeze=False, figsize=(6.4, 1.5 * len(names))
-    )
+    size, shape = (6.4, 1.5 * len(names)), (len(names), len(columns))
+    _, grid = plt.subplots(*shape, sharex=True, squeeze=False, figsize=size)
     bins = np.linspace(-4, 4, 41)
     for column, (title, draws) in enumerate(columns.items()):
         grid[0, column].set_title(title)
@@ -190,8 +243,9 @@ def cobweb(
 def losses(
     records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes | None = None
 ) -> Axes:
-    """Training loss against iteration: the mean over seeds, the band one standard error, both of running means
-    over the last iterations. The line of a series ends where one of its seeds diverged.
+    """Training loss against iteration: running means, their mean and standard error over seeds.
+
+    The line of a series ends where one of its seeds diverged.
 
     Args:
         records: Name of the series to the records of its seeds.
@@ -202,15 +256,9 @@ def losses(
     for index, (label, runs) in enumerate(records.items()):
         # a seed that has diverged ends the line: without it the mean would fall
         loss = xr.concat([run.loss for run in runs], "seed").rolling(iteration=window).mean()
+        mean = loss.mean("seed", skipna=False)
         error = loss.std("seed", ddof=1, skipna=False) / np.sqrt(len(runs))
-        band(
-            loss.iteration,
-            loss.mean("seed", skipna=False),
-            error,
-            index=index,
-            label=label,
-            axes=axes,
-        )
+        band(loss.iteration, mean, error, index=index, label=label, axes=axes)
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.legend()
     return axes
@@ -219,7 +267,9 @@ def losses(
 def learning_rates(
     losses: xr.DataArray, labels: dict[str, str], *, axes: Axes | None = None
 ) -> Axes:
-    """Loss against learning rate: points are seeds, the line their mean. A diverged seed has no point, and its rate no line.
+    """Loss against learning rate: points are seeds, the line is their mean.
+
+    A diverged seed has no point, and its rate no line.
 
     Args:
         losses: (initialization, learning_rate, seed), in any order; NaN or infinite where a run
@@ -239,7 +289,9 @@ def learning_rates(
 
 
 def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
-    """Layers in the course of training: v^2/sigma^2 above, log10 of squared gradients below, a line for each moment probed.
+    """Layers in the course of training, a line for each moment probed.
+
+    Above v^2/sigma^2, below log10 of squared gradients.
 
     Args:
         runs: Title to the part of :func:`svlib.experiments.training.collect`'s dataset with one
@@ -254,16 +306,9 @@ def training_layers(runs: dict[str, xr.Dataset]) -> np.ndarray:
         drawn = {above: chosen.v2 / (chosen.m2 + chosen.v2), below: np.log10(chosen.gradient2)}
         for axes, values in drawn.items():
             for index, moment in enumerate(values.probed.values):
-                found = values.sel(probed=moment)
-                spread = found.std("seed", ddof=1)
-                band(
-                    found.layer,
-                    found.mean("seed"),
-                    spread,
-                    index=index,
-                    label=f"iteration {moment}",
-                    axes=axes,
-                )
+                found, label = values.sel(probed=moment), f"iteration {moment}"
+                mean, spread = found.mean("seed"), found.std("seed", ddof=1)
+                band(found.layer, mean, spread, index=index, label=label, axes=axes)
         above.set(title=title, ylim=(0, 1.1))
         below.set(xlabel="layer")
     grid[0, 0].set_ylabel(r"$v^2/\sigma^2$")

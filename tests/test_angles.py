@@ -1,4 +1,4 @@
-"""Two inputs: against the full simulation, against plain arithmetic in float64, and against exact laws."""
+"""Two inputs: against the full simulation, plain arithmetic in float64, and exact laws."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_equals_plain_arithmetic(slope: float, angle: float) -> None:
 
 
 def test_is_the_gram_method_for_two_inputs() -> None:
-    """A two-sample test on the angle between two preactivations one layer on, by sampling weights."""
+    """A two-sample test of the angle between two preactivations one layer on, sampling weights."""
     inputs = np.array([[1.0, 0.0], [math.cos(1.2), math.sin(1.2)]])
     y = sv.sample_preactivations(
         25,
@@ -60,7 +60,7 @@ def test_is_the_gram_method_for_two_inputs() -> None:
 
 
 def test_exact_law_of_vanishing_angles() -> None:
-    """k ~ Bin(n, 1/2) active units: chi^2 with k - 1 over chi^2 with k degrees of freedom. In float32, to sin = e^-90."""
+    """k ~ Bin(n, 1/2) active units: chi^2_(k-1) over chi^2_k; in float32, to sin = e^-90."""
     record = simulate_angles(32, 2000, angle=1e-6, networks=200, seed=1)
     assert record.ln_sin2[:, -1].max() < -80
     k = np.arange(2, 33)

@@ -1,4 +1,4 @@
-"""The first order in 1/width: its averages by closed form and sampling, its sum against random networks."""
+"""The first order in 1/width: averages in closed form and sampled, the sum against networks."""
 
 import math
 
@@ -21,11 +21,11 @@ def test_averages_by_closed_form(rho: float) -> None:
     )
     found = _moments(rho, 0.0)
     np.testing.assert_allclose(
-        [found.squares, found.cubic, found.fourth], [4 * j22, 4 * j31, 6], rtol=1e-12
+        [found.aabb, found.aaab, found.aaaa], [4 * j22, 4 * j31, 6], rtol=1e-12
     )
     for slope in (0.0, 0.3, -0.5, 1.0):
         expected = maps.correlation(rho, activation="leaky_relu", negative_slope=slope)
-        assert _moments(rho, slope).product == pytest.approx(expected, rel=1e-12)
+        assert _moments(rho, slope).ab == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3])
@@ -38,18 +38,18 @@ def test_averages_by_sampling(slope: float) -> None:
     a, b, c, d = np.where(z > 0, z, slope * z) / math.sqrt((1 + slope**2) / 2)
     found = _moments(rho, slope)
     for values, expected in (
-        (a**4, found.fourth), (a**2 * b**2, found.squares), (a**3 * b, found.cubic),
-        (a**2 * b * c, found.three), (a * b * c * d, found.four), (a * b, found.product),
+        (a**4, found.aaaa), (a**2 * b**2, found.aabb), (a**3 * b, found.aaab),
+        (a**2 * b * c, found.aabc), (a * b * c * d, found.abcd), (a * b, found.ab),
     ):  # fmt: skip
         assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(draws)
 
 
 def test_linear_networks_by_hand() -> None:
-    """For a linear network <phi^4> and all others are Wick's: (3, 1 + 2 rho^2, 3 rho, rho + 2 rho^2, 3 rho^2)."""
+    """For a linear network all averages follow from Wick's theorem."""
     found = _moments(0.3, 1.0)
     expected = [3, 1 + 2 * 0.09, 0.9, 0.3 + 2 * 0.09, 3 * 0.09]
     np.testing.assert_allclose(
-        [found.fourth, found.squares, found.cubic, found.three, found.four], expected, rtol=1e-12
+        [found.aaaa, found.aabb, found.aaab, found.aabc, found.abcd], expected, rtol=1e-12
     )
 
 
@@ -61,16 +61,16 @@ CASES = [
 
 @pytest.mark.parametrize(("width", "options"), CASES, ids=str)
 def test_law_against_networks(width: int, options: dict[str, object]) -> None:
-    """Within four standard errors and a second order of 20/N^2; the remainder alone is more than that."""
+    """To four standard errors and a second order of 20/N^2; the remainder alone is larger."""
     record = sv.simulate(width, 10, networks=3000, samples=48, seed=2, **options)  # type: ignore[arg-type]
     law = finite_width(width, 10, **options)  # type: ignore[arg-type]
-    found = sv.summarize(record[["v2"]] / record.m2).v2
+    found = sv.summarize(record).v2_over_m2
     for layer in (2, 5, 10):
         mean, error = (float(found.sel(layer=layer, statistic=name)) for name in ("mean", "error"))
-        whole = law.v2[layer] / law.m2[layer]
+        whole, remainder = law.v2[layer] / law.m2[layer], law.remainder[layer] / law.m2[layer]
         assert abs(mean - whole) < 4 * error + 20 / width**2
         if not options and layer == 5:
-            assert abs(mean - (whole - law.remainder[layer])) > 4 * error + 20 / width**2
+            assert abs(mean - (whole - remainder)) > 4 * error + 20 / width**2
 
 
 def test_given_norms_and_correlation() -> None:
@@ -81,7 +81,7 @@ def test_given_norms_and_correlation() -> None:
     cv2 = float(lengths.var(ddof=1) / lengths.mean() ** 2)
     record = sv.simulate(300, 20, networks=400, inputs=inputs, seed=1)
     law = finite_width(300, 20, rho0=0.6, input_cv2=cv2)
-    found = sv.summarize(record[["v2"]] / record.m2).v2.sel(layer=20)
+    found = sv.summarize(record).v2_over_m2.sel(layer=20)
     assert (
         abs(float(found.sel(statistic="mean")) - law.v2[20] / law.m2[20])
         < 4 * float(found.sel(statistic="error")) + 0.002
@@ -91,19 +91,28 @@ def test_given_norms_and_correlation() -> None:
 def test_infinite_width_is_the_limit() -> None:
     wide, limit = finite_width(10**9, 30), trajectory(30)
     np.testing.assert_allclose(wide.m2, limit.m2, rtol=1e-6)
-    parts = finite_width(50, 30)
-    np.testing.assert_allclose(
-        parts.v2[1:] / parts.m2[1:],
-        (parts.angular + parts.radial + parts.remainder)[1:],
-        rtol=1e-12,
-    )
-    assert parts.m2[0] == 0
+    assert finite_width(50, 30).m2[0] == 0
     assert finite_width(50, 0, rho0=0.5, input_cv2=1.0).m2[0] == pytest.approx(0.25)
+
+
+def test_parts_are_absolute_and_sum_to_v2() -> None:
+    """As in a record; over m2 they are the terms of the formula."""
+    law, gap = finite_width(50, 30, input_cv2=0.1), trajectory(30).fraction
+    np.testing.assert_array_equal(law.sigma2, 1)
+    np.testing.assert_array_equal(law.v2, law.angular + law.radial + law.remainder)
+    np.testing.assert_array_equal(law.v2, law.fraction)
+    np.testing.assert_allclose(law.m2 + law.v2, 1, rtol=1e-15)
+    over = law.angular[1:] / law.m2[1:]
+    np.testing.assert_allclose(over, gap[1:] / (1 - gap[1:]), rtol=1e-10)
+    # the first step of the walk of lengths, from independent inputs: 3/2 - J22 = 5/4
+    assert law.radial[1] / law.m2[1] == pytest.approx(0.1 + 1.25 / 50)
+    with np.errstate(all="raise"):  # at layer 0 all of m2 is missing, and nothing is divided by it
+        assert finite_width(50, 1, input_cv2=0.1).fraction[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("width", [128, 256])
 def test_angle_steps_against_networks(width: int) -> None:
-    """Mean and variance of one step: the expansions hold to O(1/n^2), the exact law for vanishing angles exactly."""
+    """Mean and variance of one step: expansions to O(1/n^2), vanishing angles exactly."""
     for theta, law in (
         (0.5, angles.expansion(0.5, width)),
         (1e-5, angles.vanishing_angle(width)),
@@ -173,11 +182,8 @@ def test_leaky_plateau() -> None:
         plateau(), rel=1e-12
     )
     law = finite_width(1, 4000, activation="leaky_relu", negative_slope=0.2)
-    assert (
-        law.radial[4000]
-        < plateau(activation="leaky_relu", negative_slope=0.2)
-        < law.radial[4000] * 1.02
-    )
+    collected = law.radial[4000] / law.m2[4000]
+    assert collected < plateau(activation="leaky_relu", negative_slope=0.2) < collected * 1.02
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svlib import Moments, decompose
-from svlib.moments import split_along_ray
+from svlib.moments import _along_last, split_along_ray
 
 GENERATOR = np.random.default_rng(0)
 
 
 def by_hand(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """m^2 and v^2 per unit of y (inputs, units, positions), by going through all pairs of different inputs."""
+    """m^2 and v^2 per unit of y (inputs, units, positions), from all pairs of different inputs."""
     means = y.mean(-1)
     pairs = list(permutations(range(len(y)), 2))
     m2 = sum(means[a] * means[b] for a, b in pairs) / len(pairs)
@@ -32,6 +32,7 @@ def test_equals_arithmetic_by_hand(positions: int) -> None:
     np.testing.assert_allclose(found.sigma2, (y**2).mean(), rtol=1e-14)
     np.testing.assert_array_equal(found.largest, y.max((0, 2)))
     np.testing.assert_allclose(found.ratio, np.sqrt(max(m2.mean(), 0) / v2.mean()), rtol=1e-12)
+    np.testing.assert_allclose(found.fraction, v2.mean() / (m2 + v2).mean(), rtol=1e-12)
 
 
 def test_without_positions_is_the_textbook_estimate() -> None:
@@ -74,7 +75,7 @@ def test_any_chunks_give_the_same(
     for chunk in chunks:
         parts = parts.merge(Moments(0, 1, (2,)).update(chunk)) if merged else parts.update(chunk)
     found = parts.result()
-    assert found.inputs == 50
+    assert found.samples == 50
     np.testing.assert_array_equal(found.largest, whole.largest)
     np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-14, atol=1e-14)
     np.testing.assert_allclose(found.variance, whole.variance, rtol=1e-12 + 1e-15 * abs(offset))
@@ -111,9 +112,21 @@ def test_tensors_arrays_and_dimensions_agree() -> None:
         assert found.v2[network] == pytest.approx(float(alone.v2), rel=1e-13)
 
 
+def test_sums_of_squares_that_underflow_are_not_negative() -> None:
+    y = torch.full((1, 2, 10_000), 1e-162, dtype=torch.float64)
+    y[..., 0] = 0
+    assert (y.sum(-1) ** 2 > 0).all()  # the squares underflow, that of the sum does not
+    for layout in (y, y.mT.contiguous().mT):
+        assert (_along_last(layout)[1] == 0).all()
+    found = decompose(y[0].T)
+    assert (found.variance == 0).all()
+    assert found.v == 0
+
+
 def test_zero_over_zero_is_nan_without_a_warning() -> None:
     found = decompose(np.zeros((3, 2)))
     assert np.isnan(found.ratio)
+    assert np.isnan(found.fraction)
     assert found.sigma2 == 0
     assert decompose(np.ones((3, 2))).ratio == np.inf
 
@@ -172,11 +185,13 @@ def test_split_along_ray_by_hand() -> None:
                 found.angular[network], (across**2).sum() / 5 / 4, rtol=tolerance
             )
             np.testing.assert_allclose(found.m2[network], expected.m2, rtol=tolerance)
-            np.testing.assert_allclose(found.v2[network], expected.v2, rtol=tolerance)
+            for name in ("v2", "sigma2", "fraction", "ratio"):
+                values, right = getattr(found, name)[network], getattr(expected, name)
+                np.testing.assert_allclose(values, right, rtol=tolerance)
 
 
 def test_split_keeps_small_angles() -> None:
-    """Inputs on one ray to one part in a thousand million: the angular part is 1e-18 of the radial one, not rounding."""
+    """Inputs on one ray to 1e-9: the angular part is 1e-18 of the radial one, not rounding."""
     ray, side = np.array([3.0, 4.0, 0.0]), np.array([0.0, 0.0, 1.0])
     lengths = np.array([[1.0], [2.0], [4.0], [5.0]])
     found = split_along_ray(lengths * ray + 1e-9 * np.array([[1.0], [-1.0], [1.0], [-1.0]]) * side)

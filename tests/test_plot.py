@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 import svlib as sv
 
@@ -75,6 +76,53 @@ def test_ratio_draws_mean_and_standard_deviation_over_networks() -> None:
     )
 
 
+def drawn(axes: Axes, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A line, and the top of the band about it."""
+    top = axes.collections[index].get_paths()[0].vertices[:, 1]  # type: ignore[index]
+    return np.asarray(axes.lines[index].get_ydata()), np.asarray(top)
+
+
+def test_band_of_a_record_and_of_its_summary() -> None:
+    record = sv.simulate(2, 4, networks=200, samples=4, seed=0)  # many are dead, with a NaN
+    summary = sv.summarize(record)
+    expected = summary.ratio.sel(statistic="mean")
+    top = (expected + summary.ratio.sel(statistic="error")).max()
+    for values in (summary.ratio, record.ratio):
+        axes = sv.plot.band(values, label="x")
+        line, edge = drawn(axes, 0)
+        np.testing.assert_allclose(line, expected)
+        assert edge.max() == pytest.approx(float(top))
+        assert axes.get_xlabel() == "layer"
+    for bad in (summary.layer, np.ones(3)):
+        with pytest.raises(TypeError, match="x must come with mean and spread, or be a variable"):
+            sv.plot.band(bad)
+
+
+def test_fractions_of_records_summaries_and_trajectories() -> None:
+    record = sv.simulate(8, 3, networks=5, samples=6, seed=0)
+    exact = sv.theory.trajectory(3, residual=1.0)
+    axes = sv.plot.fractions({"a": record, "b": sv.summarize(record), "c": exact})
+    mean = (record.v2 / record.sigma2).mean("network")
+    for index, expected in enumerate((mean, mean, exact.v2 / exact.sigma2)):
+        np.testing.assert_allclose(np.asarray(axes.lines[index].get_ydata()), expected)
+    assert len(axes.collections) == 2  # no band about theory
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+    assert axes.get_yscale() == "log"
+
+
+def test_theory_and_points() -> None:
+    axes = sv.plot.theory([3.0, 2.0], label="law")
+    assert sv.plot.points([0.5], [2.5], axes=axes) is axes
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 3], [1, 2]])
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[0.5, 2.5]])
+    assert [artist.get_label() for artist in (line, axes.collections[0])] == ["law", "paper"]
+    shifted = sv.plot.theory([3.0, 2.0], x=[1, 2]).lines[0]
+    np.testing.assert_array_equal(shifted.get_xdata(), [1, 2])
+
+
 def test_given_axes_are_used_and_returned() -> None:
     _, axes = plt.subplots()
     assert sv.plot.decomposition(sv.theory.trajectory(2), axes=axes) is axes
@@ -122,10 +170,8 @@ def test_learning_rates_show_every_seed_and_no_mean_of_survivors() -> None:
     drawn = [np.asarray(line.get_ydata()).tolist() for line in lines]
     assert drawn[:3] == [[2, 5], [2, 4], [2, 6]]
     np.testing.assert_array_equal(drawn[3:], [[2, np.nan], [1, 5], [3, np.nan]])
-    assert [text.get_text() for text in lines[0].axes.get_legend().get_texts()] == [
-        "second",
-        "first",
-    ]  # type: ignore[union-attr]
+    legend = lines[0].axes.get_legend()  # type: ignore[union-attr]
+    assert [text.get_text() for text in legend.get_texts()] == ["second", "first"]  # type: ignore[union-attr]
 
 
 def test_training_layers() -> None:

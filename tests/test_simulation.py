@@ -1,4 +1,4 @@
-"""Random networks against a slow reference, against theory, and against themselves in other blocks."""
+"""Random networks against a slow reference, theory, and themselves in other blocks."""
 
 import math
 import pickle
@@ -12,7 +12,7 @@ import xarray as xr
 from scipy.stats import ks_2samp
 
 import svlib as sv
-from svlib import simulation
+from svlib import gram, simulation
 from svlib._random import fill_normal, stream
 from svlib.simulation import Interrupted, sample_preactivations, simulate, summarize
 from svlib.theory import trajectory
@@ -38,8 +38,11 @@ def reference(
     inputs: np.ndarray | None = None,
     method: str = "weights",
 ) -> list[np.ndarray]:
-    """One network, one layer after the other, no scale taken out; the same random numbers. The gram method here
-    takes the Cholesky factor of the covariance of the inputs, good enough in float64 for few inputs and layers."""
+    """One network, layer by layer, with the same random numbers and no scale taken out.
+
+    The gram method takes the Cholesky factor of the covariance of the inputs here, which is good
+    enough in float64 for few inputs and layers.
+    """
     generator = stream(seed, "network", network)
 
     def normal(rows: int) -> np.ndarray:
@@ -71,8 +74,19 @@ def test_equals_the_slow_reference(
     activation: str, normalization: str | None, residual: float | None, method: str
 ) -> None:
     slope = 0.3 if activation == "leaky_relu" else 0.0
-    record = simulate(24, 4, networks=3, samples=5, seed=4, dtype=torch.float64, activation=activation, method=method,
-                      negative_slope=slope, normalization=normalization, residual=residual)  # fmt: skip
+    record = simulate(
+        24,
+        4,
+        networks=3,
+        samples=5,
+        seed=4,
+        dtype=torch.float64,
+        activation=activation,
+        method=method,
+        negative_slope=slope,
+        normalization=normalization,
+        residual=residual,
+    )
     # BatchNorm makes the five inputs dependent: their covariance has no inverse where nothing bends
     # it
     rounding = 1e-6 if normalization == "batch" and method == "gram" else 1e-9
@@ -93,6 +107,11 @@ def test_equals_the_slow_reference(
                 found.ratio, np.sqrt(max(m2, 0) / found.v2), rtol=1e-6, atol=1e-5
             )
             np.testing.assert_allclose(found.angular + found.radial, found.v2, rtol=1e-12)
+            np.testing.assert_allclose(found.sigma2, (y**2).mean(), rtol=rounding)
+            np.testing.assert_allclose(found.fraction, found.v2 / found.sigma2, rtol=1e-12)
+            for name in ("v2", "angular", "radial"):
+                over = found[name] / found.m2
+                np.testing.assert_allclose(found[f"{name}_over_m2"], over, rtol=1e-12)
             if normalization != "batch":  # where the mean is rounding there is no ray
                 np.testing.assert_allclose(found.radial, radial, rtol=1e-6, atol=1e-10)
 
@@ -117,7 +136,7 @@ def test_given_inputs_and_raw_preactivations(method: str) -> None:
 
 
 def differences(first: xr.Dataset, second: xr.Dataset, layer: int) -> dict[str, float]:
-    """p-values of two-sample Kolmogorov-Smirnov tests: are the networks of both records from one distribution?"""
+    """p-values of two-sample Kolmogorov-Smirnov tests of the networks of two records."""
     names = ("m2", "v2", "ratio", "angular", "radial")
     return {
         name: float(ks_2samp(first[name][:, layer], second[name][:, layer]).pvalue)
@@ -130,7 +149,7 @@ def differences(first: xr.Dataset, second: xr.Dataset, layer: int) -> dict[str, 
     [(30, 8, 20), (30, 40, 49), (100, 10, 1), (100, 60, 20), (60, 100, 30), (300, 20, 20)],
 )
 def test_methods_sample_one_distribution(width: int, samples: int, layer: int) -> None:
-    """Two-sample tests; seeds are fixed, so this cannot fail by chance. Small widths have the smallest p-values to find."""
+    """Two-sample tests with fixed seeds, so that this cannot fail by chance."""
     options = {"networks": 300, "samples": samples}
     weights = simulate(width, layer, seed=1, method="weights", **options)  # type: ignore[arg-type]
     gram = simulate(width, layer, seed=2, method="gram", **options)  # type: ignore[arg-type]
@@ -165,10 +184,10 @@ def test_jitter_would_show(
     options: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It holds inputs apart that have long become collinear: v^2 across their ray stops falling, with LayerNorm m/v too."""
+    """Jitter holds collinear inputs apart: v^2 across their ray stops falling, as does v/m."""
     call = partial(simulate, width, layer, networks=40, samples=samples, **options)  # type: ignore[arg-type]
     weights, right = call(seed=1, method="weights"), call(seed=2, method="gram")
-    monkeypatch.setattr(simulation, "factor", jittered)
+    monkeypatch.setattr(gram, "factor", jittered)
     wrong = call(seed=2, method="gram")
     name = "ratio" if options else "angular"
     assert differences(weights, right, layer)[name] > 1e-3
@@ -176,12 +195,12 @@ def test_jitter_would_show(
 
 
 def test_factor_is_as_accurate_as_the_activations() -> None:
-    """Collinear to one part in a thousand million, more inputs than features, equal, zero and huge inputs."""
+    """Inputs collinear to 1e-9, more than features, equal, zero and huge."""
     torch_generator = stream(0, "test")
     a = torch.randn(50, 20, generator=torch_generator, dtype=torch.float64)
     nearly = torch.ones(9, 1, dtype=torch.float64) * a[:1] + 1e-9 * a[:9]
     for rows in (a, a[:7], nearly, a[:1].expand(4, -1), torch.zeros(3, 20), 1e200 * a[:5], a[:1]):
-        lower = simulation.factor(rows[None])[0]
+        lower = gram.factor(rows[None])[0]
         assert lower.shape == (len(rows), min(len(rows), 20))
         assert torch.equal(lower, lower.tril())
         difference, lower_difference = (x - x[:1] for x in (rows, lower))
@@ -207,7 +226,7 @@ CASES = [
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_wide_networks_follow_the_theory(options: dict[str, object]) -> None:
-    """m^2/sigma^2 at layers 1 to 4 of width 600: within four standard errors and a 1/N correction."""
+    """m^2/sigma^2 at layers 1 to 4 of width 600, to four standard errors and a 1/N correction."""
     record = simulate(600, 4, networks=10, samples=60, seed=1, **options)  # type: ignore[arg-type]
     theory = trajectory(4, **options)  # type: ignore[arg-type]
     share = record.m2 / (record.m2 + record.v2)
@@ -448,6 +467,21 @@ def test_bad_input(change: dict[str, object], error: type[Exception], message: s
         simulate(**(GOOD | change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample": 3, "seed": 0}, "unexpected keyword argument 'sample'"),
+        ({"samples": 3}, "missing 1 required keyword-only argument: 'seed'"),
+        ({"samples": 3, "seed": 0, "block_size": 2}, "unexpected keyword argument 'block_size'"),
+    ],
+)
+def test_unknown_and_missing_arguments(options: dict[str, int], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        simulate(4, 2, networks=1, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=message):
+        sample_preactivations(4, [0], networks=1, units=1, **options)  # type: ignore[arg-type]
+
+
 def test_bad_layers_and_units() -> None:
     for layers in ([], [2, 1], [1, 1]):
         with pytest.raises(ValueError, match="layers must be increasing and not empty"):
@@ -514,7 +548,7 @@ def test_equal_inputs_have_no_variance_for_batchnorm_to_amplify() -> None:
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("normalization", [None, "batch"])
 def test_equal_inputs_stay_equal(activation: str, normalization: str | None) -> None:
-    """Also where the network is chaotic: the gram method, which would round them differently, is not taken."""
+    """Also where the network is chaotic: the gram method would round them differently."""
     inputs = np.random.default_rng(0).normal(size=(8, 20))
     inputs[7] = inputs[0]
     options = {

@@ -108,12 +108,11 @@ def test_length_gain_by_sampling() -> None:
 
 
 def test_plateau_constant_from_the_series() -> None:
-    """Partial sums and the series of the tail, from two layers, and the extrapolation: ten digits."""
+    """Partial sums with the series of the tail, from two layers, and the extrapolation."""
     law = finite_width(1, 1000)
     tail = sp.lambdify(symbolic.theta, symbolic.plateau_tail(3))
-    angular = law.angular[1:]
-    angles = 2 * np.arcsin(np.sqrt(angular / (1 + angular) / 2))
-    sums = law.radial[1:] + tail(angles)
+    angles = 2 * np.arcsin(np.sqrt(trajectory(1000).fraction[1:] / 2))
+    sums = law.radial[1:] / law.m2[1:] + tail(angles)
     assert sums[999] == pytest.approx(plateau(), abs=1e-9)
     assert sums[499] == pytest.approx(plateau(), abs=2e-8)
     assert f"{plateau():.8f}" == "10.65054549"

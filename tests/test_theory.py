@@ -1,6 +1,5 @@
-"""Correlation maps and trajectories against quadrature, 40-digit arithmetic, special cases and the paper's values."""
+"""Correlation maps and trajectories against quadrature, 40 digits, and the paper's values."""
 
-import itertools
 import math
 import time
 from functools import partial
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, special
 
+from svlib import simulate
 from svlib.theory import maps, trajectory
 
 FAMILY = [("relu", 0.0), ("leaky_relu", 0.3), ("leaky_relu", -0.5), ("linear", 0.0), ("tanh", 0.0)]
@@ -78,7 +78,8 @@ def test_special_cases() -> None:
             1, abs=1e-14
         )
     assert maps.correlation(-1.0) == pytest.approx(0, abs=1e-15)
-    assert maps.residual(0.3, beta=1e12) == pytest.approx(maps.correlation(0.3), rel=1e-11)
+    branch_only = trajectory(1, residual=1e12, rho0=0.3).rho[1]
+    assert branch_only == pytest.approx(maps.correlation(0.3), rel=1e-11)
 
 
 @pytest.mark.parametrize("epsilon", [2.0, 1.0, 0.3, 0.1224, 0.1225, 1e-3, 1e-8, 1e-14, 1e-30])
@@ -123,7 +124,7 @@ def test_accuracy_and_speed_at_100_000_layers(scale: float) -> None:
     assert time.process_time() - started < 1
     with mpmath.workdps(40):
         gap, worst = mpmath.mpf(1), mpmath.mpf(0)
-        for found in layers.v2.tolist():
+        for found in layers.fraction.tolist():
             worst = max(worst, abs(found / gap - 1))
             theta = 2 * mpmath.asin(mpmath.sqrt(gap / 2))
             gap -= mpmath.mpf(scale) * (mpmath.sin(theta) - theta * mpmath.cos(theta)) / mpmath.pi
@@ -141,7 +142,9 @@ def test_accuracy_and_speed_at_100_000_layers(scale: float) -> None:
 )
 def test_asymptotic_law(options: dict[str, object], factor: float) -> None:
     layers = trajectory(200_000, **options)  # type: ignore[arg-type]
-    assert layers.v2[-1] * 200_000**2 / (9 * math.pi**2 / 2 * factor) == pytest.approx(1, rel=0.003)
+    assert layers.fraction[-1] * 200_000**2 / (9 * math.pi**2 / 2 * factor) == pytest.approx(
+        1, rel=0.003
+    )
 
 
 def test_slow_approach_of_the_law() -> None:
@@ -161,9 +164,9 @@ def test_trajectory_is_the_iterated_map() -> None:
             rho.append(step(rho[-1]))
         found = trajectory(20, activation=activation, negative_slope=slope, rho0=0.2)
         np.testing.assert_allclose(found.rho, rho, rtol=1e-12)
-    rho = list(
-        itertools.accumulate(range(20), lambda r, _: maps.residual(r, beta=0.3), initial=0.2)
-    )
+    rho = [0.2]
+    for _ in range(20):  # y + sqrt(beta) W phi(y)
+        rho.append((rho[-1] + 0.3 * maps.correlation(rho[-1])) / 1.3)
     np.testing.assert_allclose(trajectory(20, residual=0.3, rho0=0.2).rho, rho, rtol=1e-13)
 
 
@@ -174,16 +177,47 @@ def test_normalization() -> None:
     np.testing.assert_allclose(batch.ratio[1:], 1 / math.sqrt(math.pi - 1), rtol=1e-14)
     np.testing.assert_array_equal(trajectory(9, normalization="layer").v2, trajectory(9).v2)
     both = trajectory(3, normalization="batch", residual=2.0)
-    absolute = both.m2 * both.sigma2
-    np.testing.assert_allclose(absolute, 2 / math.pi * np.arange(4), rtol=1e-13)
+    np.testing.assert_allclose(both.m2, 2 / math.pi * np.arange(4), rtol=1e-13)
     np.testing.assert_allclose(both.sigma2, [1, 3, 5, 7])
 
 
 def test_residual_scale_may_be_infinite() -> None:
     layers = trajectory(5000, residual=1.0)
     assert np.isinf(layers.sigma2[-1])
-    assert np.isfinite(layers.v2).all()
-    assert layers.v2[-1] > 0
+    assert np.isfinite(layers.fraction).all()
+    assert np.isfinite(layers.ratio).all()
+    assert layers.fraction[-1] > 0
+    linear = trajectory(5000, residual=1.0, activation="linear")
+    np.testing.assert_array_equal([linear.m2[-1], linear.v2[-1]], [0, np.inf])
+    equal = trajectory(5000, residual=1.0, rho0=1.0)
+    np.testing.assert_array_equal([equal.m2[-1], equal.v2[-1]], [np.inf, 0])
+
+
+@pytest.mark.parametrize("normalization", [None, "layer"])
+def test_squares_of_residual_networks_are_absolute(normalization: str | None) -> None:
+    """Against the recursion of m^2 and v^2 themselves, and against networks."""
+    beta, depth = 0.5, 6
+    layers = trajectory(depth, residual=beta, normalization=normalization)
+    m2, v2 = [0.0], [1.0]
+    for _ in range(depth):
+        sigma2 = m2[-1] + v2[-1]
+        branch = beta * (sigma2 if normalization is None else 1.0)
+        passed = maps.correlation(m2[-1] / sigma2)
+        m2.append(m2[-1] + branch * passed)
+        v2.append(v2[-1] + branch * (1 - passed))
+    for found, expected in ((layers.m2, m2), (layers.v2, v2)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(layers.fraction, layers.v2 / layers.sigma2, rtol=1e-14)
+    np.testing.assert_allclose(layers.m2 + layers.v2, layers.sigma2, rtol=1e-14)
+    np.testing.assert_allclose(layers.ratio, layers.m / layers.v, rtol=1e-14)
+    np.testing.assert_allclose(layers.rho, layers.m2 / layers.sigma2, rtol=1e-14)
+    record = simulate(
+        200, depth, networks=40, samples=30, seed=0, residual=beta, normalization=normalization
+    )
+    for name in ("m2", "v2", "sigma2", "fraction"):
+        error = 4 * record[name].std("network") / math.sqrt(40) + 0.02
+        difference = record[name].mean("network") - getattr(layers, name)
+        assert (abs(difference) < error).all()
 
 
 def test_batchnorm_constants() -> None:
@@ -219,11 +253,15 @@ def test_relu_product_by_adaptive_quadrature() -> None:
         (lambda: trajectory(-1), ValueError, "depth must be at least 0, got -1"),
         (lambda: trajectory(2.5), TypeError, "depth must be an integer, got 2.5"),  # type: ignore[arg-type]
         (lambda: trajectory(True), TypeError, "depth must be an integer"),
-        (lambda: trajectory(3, activation="gelu"), ValueError, r"activation must be one of \['relu'"),
+        (lambda: trajectory(3, activation="gelu"), ValueError, r"activation must be one of"),
         (lambda: trajectory(3, negative_slope=0.1), ValueError, "negative_slope must be 0 unless"),
-        (lambda: trajectory(3, activation="leaky_relu", negative_slope=math.nan), ValueError, "negative_slope must be"),
+        (
+            lambda: trajectory(3, activation="leaky_relu", negative_slope=math.nan),
+            ValueError,
+            "negative_slope must be",
+        ),
         (lambda: trajectory(3, normalization="group"), ValueError, "normalization must be one of"),
-        (lambda: trajectory(3, residual=0.0), ValueError, r"residual must be a finite number in \(0"),
+        (lambda: trajectory(3, residual=0.0), ValueError, r"residual must be a finite number"),
         (lambda: trajectory(3, residual=-1.0), ValueError, "residual"),
         (lambda: trajectory(3, residual="1"), TypeError, "residual must be a real number, got '1'"),  # type: ignore[arg-type]
         (lambda: trajectory(3, rho0=1.1), ValueError, r"rho0 must be a finite number in \[-1"),
@@ -232,8 +270,6 @@ def test_relu_product_by_adaptive_quadrature() -> None:
         (lambda: maps.correlation(2.0), ValueError, "rho must be a finite number"),
         (lambda: maps.correlation(None), TypeError, "rho must be a real number, got None"),  # type: ignore[arg-type]
         (lambda: maps.gap_decrement(-0.1), ValueError, "epsilon must be"),
-        (lambda: maps.residual(0.0, beta=0.0), ValueError, "beta must be"),
-        (lambda: maps.residual(0.0, beta=1.0, activation="tanh"), ValueError, "homogeneous"),
         (lambda: maps.batchnorm_correlation(1), ValueError, "batch must be at least 2, got 1"),
         (lambda: maps.batchnorm_gradient_growth(3), ValueError, "batch must be at least 4, got 3"),
     ],

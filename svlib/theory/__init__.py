@@ -13,16 +13,8 @@ from svlib.theory.width import FiniteWidth, finite_width, plateau
 if TYPE_CHECKING:
     from svlib.theory import symbolic
 
-__all__ = [
-    "FiniteWidth",
-    "Trajectory",
-    "angles",
-    "finite_width",
-    "maps",
-    "plateau",
-    "symbolic",
-    "trajectory",
-]
+__all__ = ["FiniteWidth", "Trajectory", "angles", "finite_width", "maps", "plateau", "symbolic"]
+__all__ += ["trajectory"]
 
 
 def __getattr__(name: str) -> Any:

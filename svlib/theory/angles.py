@@ -1,4 +1,6 @@
-r"""One layer's step of :math:`\ln\sin^2\theta`, the angle between the ReLU activations of two inputs, at finite width n.
+r"""One layer's step of :math:`\ln\sin^2\theta` at finite width n.
+
+The angle :math:`\theta` is that between the ReLU activations of two inputs.
 
 Expansions in 1/n by Jakub & Nica (2023), arXiv:2302.09712, and the exact law for vanishing angles.
 """
@@ -17,7 +19,7 @@ from svlib.theory.depth import Array
 
 
 class Step(NamedTuple):
-    """Mean of the new ln sin^2 and its variance over networks, arrays of the shape of the angles."""
+    """Mean of the new ln sin^2 and its variance over networks, in the shape of the angles."""
 
     mean: Array
     variance: Array
@@ -36,10 +38,6 @@ def expansion(theta: Any, width: int) -> Step:
     Args:
         theta: Angles between the activations of a layer, in (0, pi), of any shape.
         width: Units n of the next, at least 2.
-
-    Raises:
-        TypeError: If ``width`` is not an integer.
-        ValueError: If an angle is out of range or the width below 2.
 
     Examples:
         >>> mean, variance = expansion(1e-6, 32)
@@ -96,10 +94,6 @@ def vanishing_angle(width: int) -> Step:
 
     Args:
         width: Units n, at least 2.
-
-    Raises:
-        TypeError: If ``width`` is not an integer.
-        ValueError: If it is below 2.
 
     Examples:
         >>> print("{:.5f} {:.4f}".format(*vanishing_angle(32)))

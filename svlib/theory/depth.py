@@ -19,19 +19,27 @@ class Trajectory:
     """Statistics at layers 0 (the first preactivation) to depth; each array has shape (depth + 1,).
 
     Attributes:
-        m2: Squared sample mean, relative to ``sigma2``.
-        v2: Sample variance, relative to ``sigma2``, accurate to the last digits however small.
+        fraction: v^2/sigma^2, accurate to the last digits however small.
         sigma2: Total variance; 1 without a residual connection.
     """
 
-    m2: Array
-    v2: Array
+    fraction: Array
     sigma2: Array
 
     @property
     def rho(self) -> Array:
-        """Correlation of two inputs over networks, m^2 / sigma^2."""
-        return self.m2
+        """Correlation of two inputs over networks, m^2/sigma^2."""
+        return 1 - self.fraction
+
+    @property
+    def m2(self) -> Array:
+        """Squared sample mean."""
+        return _part(self.rho, self.sigma2)
+
+    @property
+    def v2(self) -> Array:
+        """Sample variance."""
+        return _part(self.fraction, self.sigma2)
 
     @property
     def m(self) -> Array:
@@ -47,7 +55,12 @@ class Trajectory:
     def ratio(self) -> Array:
         """m/v; infinite where v is 0."""
         with np.errstate(divide="ignore"):
-            return np.asarray(self.m / self.v)
+            return np.asarray(np.sqrt(np.maximum(self.rho, 0)) / np.sqrt(self.fraction))
+
+
+def _part(share: Array, total: Array) -> Array:
+    """Their product, with 0 times infinity defined as 0."""
+    return np.multiply(share, total, out=np.zeros_like(share), where=share != 0)
 
 
 def trajectory(
@@ -74,17 +87,11 @@ def trajectory(
         normalization: Applied to preactivations before the activation. ``"batch"``: the batch is
             large and the statistics are those before BatchNorm. ``"layer"``: the statistics of a
             wide layer are the network's, so LayerNorm only fixes the scale.
-        residual: :math:`\beta`, positive, or ``None``. ``m2`` and ``v2`` are relative to
-            ``sigma2``, which grows as :math:`(1+\beta)^l`, or :math:`1+\beta l` with normalization,
-            and may become infinite.
+        residual: :math:`\beta`, positive, or ``None``. ``sigma2`` grows as :math:`(1+\beta)^l`, or
+            :math:`1+\beta l` with normalization, and may become infinite; ``fraction`` does not.
+            Not with tanh, unless normalized: the variance then grows, and tanh is not homogeneous.
         rho0: :math:`m_0^2/\sigma_0^2`, in [-1, 1]: 0 for white inputs, the cosine for a pair at an
             angle.
-
-    Raises:
-        TypeError: If a number is not a number, or ``depth`` not an integer.
-        ValueError: If an argument is out of range, a name unknown, or tanh is combined with a
-            residual connection without normalization (the variance then grows and tanh is not
-            homogeneous).
 
     Examples:
         >>> layers = trajectory(50)
@@ -95,31 +102,33 @@ def trajectory(
     _check.choice("normalization", normalization, NORMALIZATIONS)
     rho0 = _check.real("rho0", rho0, -1, 1)
     beta = None if residual is None else _check.real("residual", residual, 0, open_low=True)
-    base = maps.correlation(0.0, activation=activation, negative_slope=negative_slope)
-    if beta is not None and normalization is None:
-        maps._homogeneous(activation)
-
-    layers = np.arange(depth + 1.0)
-    if beta is None:
-        sigma2, shares = np.ones_like(layers), np.ones(depth)
-    elif normalization is None:
-        with np.errstate(over="ignore"):
-            sigma2, shares = np.power(1.0 + beta, layers), np.full(depth, beta / (1 + beta))
-    else:
-        sigma2 = 1 + beta * layers
-        shares = beta / sigma2[1:]
-
-    v2 = np.empty(depth + 1)
-    v2[0] = gap = 1 - rho0
+    decrement = maps._decrement(activation, maps._slope_of(activation, negative_slope))
+    base = decrement(1.0)  # the correlation of two independent inputs one layer on
+    if activation == "tanh" and beta is not None and normalization is None:
+        raise ValueError(
+            "activation must be homogeneous ('relu', 'leaky_relu', 'linear') with residual, "
+            f"got {activation!r}"
+        )
+    sigma2, shares = _shares(depth, beta, normalization)
+    fraction = np.empty(depth + 1)
+    fraction[0] = gap = 1 - rho0
     lost = 0.0  # Kahan's compensation, or 100,000 small steps would add up 100,000 roundings
     for layer, share in enumerate(shares.tolist(), start=1):
-        if normalization == "batch":  # BatchNorm's output has m = 0, whatever came in
-            step = share * (gap - (1 - base))
-        else:
-            step = share * maps.gap_decrement(
-                gap, activation=activation, negative_slope=negative_slope
-            )
+        # BatchNorm's output has m = 0, whatever came in
+        step = share * (gap - (1 - base) if normalization == "batch" else decrement(gap))
         new = gap - (step - lost)
         lost = (gap - new) - (step - lost)
-        v2[layer] = gap = new
-    return Trajectory(m2=1 - v2, v2=v2, sigma2=sigma2)
+        fraction[layer] = gap = new
+    return Trajectory(fraction, sigma2)
+
+
+def _shares(depth: int, beta: float | None, normalization: str | None) -> tuple[Array, Array]:
+    """sigma^2 of every layer, and the branch's share of the variance after every step."""
+    layers = np.arange(depth + 1.0)
+    if beta is None:
+        return np.ones_like(layers), np.ones(depth)
+    if normalization is None:
+        with np.errstate(over="ignore"):
+            return np.power(1.0 + beta, layers), np.full(depth, beta / (1 + beta))
+    sigma2 = 1 + beta * layers
+    return sigma2, beta / sigma2[1:]

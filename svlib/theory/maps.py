@@ -1,4 +1,4 @@
-r"""Correlation maps: what one layer of infinite width does to the correlation of two inputs.
+r"""Correlation maps: how one layer of infinite width changes the correlation of two inputs.
 
 A layer takes preactivations of variance 1 and correlation :math:`\rho` over networks to
 preactivations of correlation
@@ -7,13 +7,13 @@ Gaussian. Weights have variance :math:`1/(N\langle\phi^2\rangle)`, He's rule, so
 stays 1.
 
 Near :math:`\rho=1` the interesting quantity is the gap :math:`\epsilon=1-\rho=v^2/\sigma^2`.
-Computed as 1 - C it loses its digits, so :func:`gap_decrement` gives what a layer takes from it
-instead.
+Computed as 1 - C it loses its digits, so :func:`gap_decrement` gives its loss in a layer instead.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,8 +26,8 @@ ACTIVATIONS = ("relu", "leaky_relu", "linear", "tanh")
 _STEP = 0.2
 _NODES = _STEP * np.arange(-45, 46)
 _WEIGHTS = np.exp(-(_NODES**2) / 2) * _STEP / math.sqrt(2 * math.pi)
-# (sin t - t cos t) / t^3 = 1/3 - t^2/30 + t^4/840 - ..., 2k / (2k + 1)! in general
-_SERIES = tuple(math.factorial(2 * k + 1) / (2 * k) for k in range(1, 8))
+# (sin t - t cos t) / t^3 = 1/3 - t^2/30 + t^4/840 - ..., 2k / (2k + 1)! in general; last first
+_SERIES = tuple(1 / (math.factorial(2 * k + 1) / (2 * k)) for k in range(7, 0, -1))
 _TANH_SECOND_MOMENT = float(_WEIGHTS @ np.tanh(_NODES) ** 2)
 
 
@@ -42,8 +42,8 @@ def _relu_loss(theta: float) -> float:
     if theta > 0.5:
         return (math.sin(theta) - theta * math.cos(theta)) / math.pi
     square, series = theta * theta, 0.0
-    for inverse in reversed(_SERIES):
-        series = 1 / inverse - square * series
+    for coefficient in _SERIES:
+        series = coefficient - square * series
     return theta * square * series / math.pi
 
 
@@ -57,10 +57,18 @@ def _tanh_difference(epsilon: float) -> float:
     return float(_WEIGHTS @ difference**2 @ _WEIGHTS) / 2
 
 
+def _decrement(activation: str, slope: float) -> Callable[[float], float]:
+    """:func:`gap_decrement` of checked arguments, for loops over many layers."""
+    if activation == "tanh":
+        return lambda gap: gap - _tanh_difference(gap) / _TANH_SECOND_MOMENT
+    factor = (1 - slope) ** 2 / (1 + slope**2)
+    return lambda gap: factor * _relu_loss(2 * math.asin(math.sqrt(gap / 2)))
+
+
 def gap_decrement(
     epsilon: float, *, activation: str = "relu", negative_slope: float = 0.0
 ) -> float:
-    r"""What one layer takes from the gap: :math:`\epsilon-\epsilon'` with :math:`\epsilon'=1-C(1-\epsilon)`.
+    r"""The gap's loss in a layer: :math:`\epsilon-\epsilon'`, :math:`\epsilon'=1-C(1-\epsilon)`.
 
     For ReLU, with :math:`\cos\theta=1-\epsilon`, it is :math:`(\sin\theta-\theta\cos\theta)/\pi`
     (Cho & Saul 2009, order 1, rearranged), and for leaky ReLU of slope a that times
@@ -71,22 +79,14 @@ def gap_decrement(
         activation: "relu", "leaky_relu", "linear" or "tanh".
         negative_slope: The slope a of leaky ReLU.
 
-    Raises:
-        TypeError: If a number is not a number.
-        ValueError: If an argument is out of range or the activation unknown.
-
     Examples:
         >>> print(f"{gap_decrement(1.0) * math.pi:.12f}")
         1.000000000000
         >>> print(f"{gap_decrement(1e-20) / 1e-30 / (2 * math.sqrt(2) / (3 * math.pi)):.12f}")
         1.000000000000
     """
-    slope = _slope_of(activation, negative_slope)
-    gap = _check.real("epsilon", epsilon, 0, 2)
-    if activation == "tanh":
-        return gap - _tanh_difference(gap) / _TANH_SECOND_MOMENT
-    theta = 2 * math.asin(math.sqrt(gap / 2))
-    return (1 - slope) ** 2 / (1 + slope**2) * _relu_loss(theta)
+    decrement = _decrement(activation, _slope_of(activation, negative_slope))
+    return decrement(_check.real("epsilon", epsilon, 0, 2))
 
 
 def correlation(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
@@ -97,12 +97,7 @@ def correlation(rho: float, *, activation: str = "relu", negative_slope: float =
 
     Args:
         rho: Correlation of two preactivations over networks, in [-1, 1].
-        activation: "relu", "leaky_relu", "linear" or "tanh".
-        negative_slope: The slope a of leaky ReLU.
-
-    Raises:
-        TypeError: If a number is not a number.
-        ValueError: If an argument is out of range or the activation unknown.
+        activation, negative_slope: As in :func:`gap_decrement`.
 
     Examples:
         >>> print(f"{correlation(0.0) * math.pi:.12f}")
@@ -119,7 +114,7 @@ def correlation_slope(
     r"""The derivative C'. For ReLU :math:`f'(\rho)=1-\arccos(\rho)/\pi`.
 
     It is also the factor by which a layer of infinite width multiplies the correlation of the
-    gradients of two inputs (Schoenholz et al. 2017). Arguments and errors as :func:`correlation`.
+    gradients of two inputs (Schoenholz et al. 2017). Arguments as :func:`correlation`.
 
     Examples:
         >>> correlation_slope(0.0), correlation_slope(1.0)
@@ -135,58 +130,24 @@ def correlation_slope(
     return ((1 - slope) ** 2 * (1 - math.acos(rho) / math.pi) + 2 * slope) / (1 + slope**2)
 
 
-def residual(
-    rho: float, *, beta: float, activation: str = "relu", negative_slope: float = 0.0
-) -> float:
-    r"""The map of :math:`y'=y+\sqrt\beta\,W\phi(y)`: :math:`(\rho+\beta C(\rho))/(1+\beta)`.
-
-    Args:
-        rho: Correlation, in [-1, 1].
-        beta: Squared weight of the branch, positive.
-        activation: A homogeneous activation: "relu", "leaky_relu" or "linear".
-        negative_slope: The slope a of leaky ReLU.
-
-    Raises:
-        TypeError: If a number is not a number.
-        ValueError: If an argument is out of range, the activation unknown, or tanh: the variance
-            grows from layer to layer and tanh is not homogeneous, so there is no one map.
-
-    Examples:
-        >>> residual(1.0, beta=1.0)
-        1.0
-    """
-    beta = _check.real("beta", beta, 0, open_low=True)
-    _homogeneous(activation)
-    return (rho + beta * correlation(rho, activation=activation, negative_slope=negative_slope)) / (
-        1 + beta
-    )
-
-
-def _homogeneous(activation: str) -> None:
-    if activation == "tanh":
-        raise ValueError(
-            f"activation must be homogeneous ('relu', 'leaky_relu', 'linear') with residual, got {activation!r}"
-        )
-
-
 def batchnorm(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
-    r"""The map of BatchNorm after the activation's linear layer, for a large batch: :math:`(C(\rho)-C(0))/(1-C(0))`.
+    r"""The map of a large batch's BatchNorm: :math:`(C(\rho)-C(0))/(1-C(0))`.
 
-    Here rho is the correlation of two inputs of the batch after normalization. Arguments and errors
-    as :func:`correlation`. ReLU: slope 0.733 at 0, stable; 1.467 at 1, unstable (Yang et al. 2019).
+    BatchNorm stands behind the activation and a linear layer, and rho is the correlation of two
+    inputs of the batch after it. Arguments as :func:`correlation`. ReLU: slope 0.733 at 0, stable;
+    1.467 at 1, unstable (Yang et al. 2019).
 
     Examples:
         >>> batchnorm(0.0), batchnorm(1.0)
         (0.0, 1.0)
     """
     base = correlation(0.0, activation=activation, negative_slope=negative_slope)
-    return (correlation(rho, activation=activation, negative_slope=negative_slope) - base) / (
-        1 - base
-    )
+    after = correlation(rho, activation=activation, negative_slope=negative_slope)
+    return (after - base) / (1 - base)
 
 
 def batchnorm_slope(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
-    r"""The derivative of :func:`batchnorm`; at 1 also the growth of squared gradients for a large batch.
+    r"""The derivative of :func:`batchnorm`; at 1 also the growth of squared gradients, large batch.
 
     Examples:
         >>> print(f"{batchnorm_slope(0.0):.3f} {batchnorm_slope(1.0):.3f}")
@@ -197,7 +158,7 @@ def batchnorm_slope(rho: float, *, activation: str = "relu", negative_slope: flo
 
 
 def batchnorm_correlation(batch: int) -> float:
-    r"""Correlation :math:`m^2/\sigma^2` of ReLU preactivations before BatchNorm, for a batch of B inputs.
+    r""":math:`m^2/\sigma^2` of ReLU preactivations before BatchNorm, for a batch of B inputs.
 
     After BatchNorm two inputs of a batch have correlation -1/(B-1); a ReLU layer takes that to
     :math:`f(-1/(B-1))` (Yang et al. 2019, linearly: the fluctuation of the batch statistics is left
@@ -205,10 +166,6 @@ def batchnorm_correlation(batch: int) -> float:
 
     Args:
         batch: Number of inputs B, at least 2.
-
-    Raises:
-        TypeError: If ``batch`` is not an integer.
-        ValueError: If ``batch`` is below 2.
 
     Examples:
         >>> [round(batchnorm_correlation(batch), 4) for batch in (8, 32, 128)]
@@ -226,11 +183,8 @@ def batchnorm_gradient_growth(batch: int | None = None) -> float:
     .. math:: \frac{f'(r)+(B-1)}{(B-3)(1-f(r))}-\frac1{B-3} .
 
     Args:
-        batch: Number of inputs B, at least 4; ``None`` for the limit of a large batch.
-
-    Raises:
-        TypeError: If ``batch`` is neither an integer nor ``None``.
-        ValueError: If ``batch`` is below 4: the expectation does not exist.
+        batch: Number of inputs B, at least 4 (below, the expectation does not exist); ``None`` for
+            the limit of a large batch.
 
     Examples:
         >>> [round(batchnorm_gradient_growth(batch), 3) for batch in (8, 32, 128, None)]
@@ -240,6 +194,5 @@ def batchnorm_gradient_growth(batch: int | None = None) -> float:
         return batchnorm_slope(1.0)
     size = _check.integer("batch", batch, 4)
     rho = -1 / (size - 1)
-    return (correlation_slope(rho) + size - 1) / ((size - 3) * (1 - correlation(rho))) - 1 / (
-        size - 3
-    )
+    whole = (correlation_slope(rho) + size - 1) / ((size - 3) * (1 - correlation(rho)))
+    return whole - 1 / (size - 3)

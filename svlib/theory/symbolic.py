@@ -1,4 +1,4 @@
-r"""SymPy derivations: the decomposition, the ReLU map and its fixed point, the decay law, BatchNorm's constants.
+"""SymPy derivations: the decomposition, the ReLU map, its fixed point, the decay, BatchNorm.
 
 Each function starts from a definition (an average, a Gaussian density, a differential equation) and
 lets SymPy reach the result; none starts from the answer. No function here calls the numerical code
@@ -77,7 +77,7 @@ def gaussian_relu_moments() -> tuple[sp.Expr, sp.Expr]:
 
 @cache
 def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
-    r"""<relu(z1)^first relu(z2)^second> for standard Gaussians of correlation cos(theta), from the bivariate density.
+    r"""<relu(z1)^first relu(z2)^second> for Gaussians of correlation cos(theta), by their density.
 
     In the coordinates z1 = r cos(phi), z2 = r cos(phi - theta) the exponent of the density becomes
     -r^2/2, and both preactivations are positive for theta - pi/2 < phi < pi/2 (0 < theta < pi).
@@ -86,10 +86,6 @@ def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
     Args:
         first: Power of the first, at least 1.
         second: Power of the second, at least 1.
-
-    Raises:
-        TypeError: If a power is not an integer.
-        ValueError: If a power is below 1.
 
     Examples:
         >>> gaussian_relu_product()
@@ -104,9 +100,8 @@ def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
     density = sp.exp(-quadratic_form / 2) / (2 * sp.pi * sp.sin(theta))
     polar = {z1: r * sp.cos(phi), z2: r * sp.cos(phi - theta)}
     jacobian = sp.simplify(sp.Matrix([polar[z1], polar[z2]]).jacobian([r, phi]).det())
-    integrand = sp.simplify(
-        (z1**first * z2**second * density).subs(polar, simultaneous=True) * jacobian
-    )
+    weighted = z1**first * z2**second * density
+    integrand = sp.simplify(weighted.subs(polar, simultaneous=True) * jacobian)
     over_radius = sp.expand_trig(sp.integrate(integrand, (r, 0, sp.oo)))
     product = sp.integrate(over_radius, (phi, theta - sp.pi / 2, sp.pi / 2))
     return sp.collect(sp.expand(2 * sp.pi * sp.simplify(product)), sp.cos(theta)) / (2 * sp.pi)
@@ -134,7 +129,7 @@ def relu_map_slope() -> sp.Expr:
 
 
 class FixedPoint(NamedTuple):
-    """Value and slope of the map at 1, and the slope's derivative, whose sign tells that there is no other."""
+    """Value and slope of the map at 1, and its curvature: there is no other fixed point."""
 
     value: sp.Expr
     slope: sp.Expr
@@ -153,11 +148,8 @@ def fixed_point() -> FixedPoint:
     """
     f = relu_map()
     slope = relu_map_slope()
-    return FixedPoint(
-        sp.simplify(f.subs(rho, 1)),
-        sp.simplify(slope.subs(rho, 1)),
-        sp.simplify(sp.diff(slope, rho)),
-    )
+    value, slope_there = (sp.simplify(x.subs(rho, 1)) for x in (f, slope))
+    return FixedPoint(value, slope_there, sp.simplify(sp.diff(slope, rho)))
 
 
 def gap_expansion(terms: int = 2) -> sp.Expr:
@@ -169,10 +161,6 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
     Args:
         terms: Number of terms after epsilon itself, at least 1.
 
-    Raises:
-        TypeError: If ``terms`` is not an integer.
-        ValueError: If ``terms`` is below 1.
-
     Examples:
         >>> gap_expansion(1)
         -2*sqrt(2)*epsilon**(3/2)/(3*pi) + epsilon
@@ -180,9 +168,8 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
     terms = _check.integer("terms", terms)
     s = sp.Symbol("s", positive=True)
     _, second = gaussian_relu_moments()
-    decrement = gaussian_relu_product() / second - sp.cos(
-        theta
-    )  # f(rho) - rho, the loss of the gap
+    # f(rho) - rho, the loss of the gap
+    decrement = gaussian_relu_product() / second - sp.cos(theta)
     order = 2 * terms + 2  # odd powers of s only: s^3, s^5, ...
     in_theta = sp.series(decrement, theta, 0, order).removeO()
     theta_in_s = sp.series(2 * sp.asin(s / sp.sqrt(2)), s, 0, order).removeO()
@@ -191,7 +178,7 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
 
 
 def decay_constant() -> sp.Expr:
-    """The limit of v^2 l^2 / sigma^2: the leading step -c epsilon^(3/2) read as a differential equation.
+    """The limit of v^2 l^2 / sigma^2, from the leading step -c epsilon^(3/2) as a derivative.
 
     Examples:
         >>> decay_constant()
@@ -201,9 +188,8 @@ def decay_constant() -> sp.Expr:
     start = sp.Symbol("C1")
     gap = sp.Function("epsilon", positive=True)
     step = (gap_expansion(1) - epsilon).subs(epsilon, gap(layer))
-    separated = sp.integrate(
-        1 / (gap_expansion(1) - epsilon), epsilon
-    )  # int d epsilon / step = l + C1
+    # int d epsilon / step = l + C1
+    separated = sp.integrate(1 / (gap_expansion(1) - epsilon), epsilon)
     solution = sp.solve(sp.Eq(separated, layer + start), epsilon)[0]
     residue = sp.diff(solution, layer) - step.subs(gap(layer), solution)
     if sp.simplify(residue.subs(start, 0)) != 0:
@@ -212,7 +198,7 @@ def decay_constant() -> sp.Expr:
 
 
 def length_gain() -> sp.Expr:
-    r"""What a layer adds to N v^2/m^2 through the lengths, 3/2 - J22(theta).
+    r"""The contribution of a layer's lengths to N v^2/m^2, 3/2 - J22(theta).
 
     Given two inputs at angle theta, the squared lengths are means over N units of 2 relu(z)^2, of
     expectation 1. So the logarithm of their ratio gains the variance <(2 relu(z1)^2 - 2
@@ -227,24 +213,19 @@ def length_gain() -> sp.Expr:
     """
     z = sp.Symbol("z", real=True)
     fourth = sp.integrate(z**4 * sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi), (z, 0, sp.oo))
-    variance_of_squares = 4 * (
-        2 * fourth - 2 * gaussian_relu_product(2, 2)
-    )  # <(a - b)^2> = <a^2> + <b^2> - 2 <ab>
+    # <(a - b)^2> = <a^2> + <b^2> - 2 <ab>
+    variance_of_squares = 4 * (2 * fourth - 2 * gaussian_relu_product(2, 2))
     return sp.expand(variance_of_squares / 4 / 2)
 
 
 def plateau_tail(terms: int = 4) -> sp.Expr:
-    r"""The sum of :func:`length_gain` over all layers from one with angle theta on, as a power series in theta.
+    r"""The sum of :func:`length_gain` over all layers from angle theta on, a power series in theta.
 
     The tail T obeys T(theta) - T(theta') = length_gain(theta), theta' being the angle one layer on,
     cos(theta') = f(cos theta).
 
     Args:
         terms: Number of terms, at least 1.
-
-    Raises:
-        TypeError: If ``terms`` is not an integer.
-        ValueError: If ``terms`` is below 1.
 
     Examples:
         >>> plateau_tail(1)
@@ -253,22 +234,15 @@ def plateau_tail(terms: int = 4) -> sp.Expr:
     terms = _check.integer("terms", terms)
     order = terms + 2
     _, second = gaussian_relu_moments()
-    half_sine = sp.sqrt(
-        (1 - sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()) / 2
-    )
-    step = sp.series(
-        2 * sp.asin(sp.series(half_sine, theta, 0, order + 1).removeO()), theta, 0, order + 1
-    ).removeO()
+    cosine = sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()
+    half_sine = sp.series(sp.sqrt((1 - cosine) / 2), theta, 0, order + 1).removeO()
+    step = sp.series(2 * sp.asin(half_sine), theta, 0, order + 1).removeO()
     coefficients = sp.symbols(f"c1:{terms + 1}")
     tail = sum(c * theta**k for k, c in enumerate(coefficients, start=1))
     gain = sp.series(length_gain(), theta, 0, order).removeO()
-    difference = sp.expand(
-        tail - tail.subs(theta, step) - gain
-    )  # to vanish up to the order asked for
-    found = sp.solve(
-        [difference.coeff(theta, k) for k in range(2, order)], coefficients, dict=True
-    )[0]
-    return sp.expand(tail.subs(found))
+    difference = sp.expand(tail - tail.subs(theta, step) - gain)
+    vanishing = [difference.coeff(theta, k) for k in range(2, order)]
+    return sp.expand(tail.subs(sp.solve(vanishing, coefficients, dict=True)[0]))
 
 
 class BatchNorm(NamedTuple):
@@ -286,7 +260,7 @@ def batchnorm() -> BatchNorm:
 
     Before BatchNorm sits the linear layer of relu(z), z standard Gaussian over inputs: m^2 and
     sigma^2 are in the ratio <relu>^2 : <relu^2>. BatchNorm takes off the mean, the value of the map
-    at 0, and divides by what is left.
+    at 0, and divides by the rest.
 
     Examples:
         >>> batchnorm().m2, batchnorm().slope_at_0
@@ -296,10 +270,5 @@ def batchnorm() -> BatchNorm:
     m2 = sp.simplify(first**2 / second)
     f = relu_map()
     slope = sp.diff((f - f.subs(rho, 0)) / (f.subs(rho, 1) - f.subs(rho, 0)), rho)
-    return BatchNorm(
-        m2,
-        1 - m2,
-        sp.simplify(sp.sqrt(m2 / (1 - m2))),
-        sp.simplify(slope.subs(rho, 0)),
-        sp.simplify(slope.subs(rho, 1)),
-    )
+    slopes = (sp.simplify(slope.subs(rho, at)) for at in (0, 1))
+    return BatchNorm(m2, 1 - m2, sp.simplify(sp.sqrt(m2 / (1 - m2))), *slopes)

@@ -1,26 +1,27 @@
-r"""Finite width, to first order in 1/N: what infinitely many inputs do in a random network of width N.
+r"""Finite width, to first order in 1/N: infinitely many inputs in a random network of width N.
 
-Write the Gram matrix of the activations of layer l as 1 + x_a on its diagonal and with correlations
-:math:`\rho_{ab}`. A layer of width N maps it to its infinite-width image plus noise of covariance
-O(1/N), whose moments are averages of products of up to four activations. All inputs being alike,
-pairs of pairs fall into few classes, and each class obeys a linear recursion in depth:
+Write the covariance from which the units of a layer are drawn as :math:`1+x_a` on its diagonal and
+with correlations :math:`\rho+u_{ab}`. A layer of width N maps it to its infinite-width image plus
+noise of covariance O(1/N), whose moments are averages of products of up to four activations,
+:math:`[abcd]=\langle\phi_a\phi_b\phi_c\phi_d\rangle`. All inputs being alike, pairs of pairs fall
+into few classes, and each class obeys a linear recursion in depth:
 
 - lengths: the log-ratio of two lengths is a random walk. Per layer, half of its variance is
-  :math:`(\langle\phi_a^4\rangle-\langle\phi_a^2\phi_b^2\rangle)/4N`, for ReLU
-  :math:`(\frac32-J_{22}(\theta))/N`;
-- angles: mean :math:`\mu` and variance U of the deviation of a correlation, the covariance G of
-  those of two disjoint pairs, and the covariances C, D of a correlation with the length of an input
-  of the pair and of another.
+  :math:`([aaaa]-[aabb])/4N`, for ReLU :math:`(\frac32-J_{22}(\theta))/N`;
+- angles: the mean :math:`\mu` of :math:`u`, :math:`U=\langle u_{ab}^2\rangle`,
+  :math:`V=\langle u_{ab}u_{cd}\rangle` of disjoint pairs, :math:`C=\langle x_au_{ab}\rangle` and
+  :math:`D=\langle x_au_{bc}\rangle`.
 
-:math:`\langle\phi_a\phi_b\phi_c\phi_d\rangle` for four inputs of mutual correlation :math:`\rho` is
-a single integral, over what they share: :math:`z_a=\sqrt\rho\,g+\sqrt{1-\rho}\,h_a`. The derivation
-is in the chapter on finite width; it was not found in the literature.
+For four inputs of mutual correlation :math:`\rho`, :math:`[abcd]` is a single integral, over the
+part they share: :math:`z_a=\sqrt\rho\,g+\sqrt{1-\rho}\,h_a`. The derivation is in the chapter on
+finite width; it was not found in the literature.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.interpolate import barycentric_interpolate
@@ -36,11 +37,14 @@ _FAMILY = ("relu", "leaky_relu", "linear")
 
 @dataclass(frozen=True, eq=False)
 class FiniteWidth(Trajectory):
-    r"""A trajectory, and the parts of v^2/m^2 it is made of; each array has shape (depth + 1,).
+    r"""A trajectory with :math:`\sigma^2=1`, and the parts of which ``v2`` is the sum.
+
+    Divide by ``m2`` for the parts of v^2/m^2. Each array has shape (depth + 1,).
 
     Attributes:
-        angular: The infinite-width value :math:`(1-\rho)/\rho`, which dies.
-        radial: The squared coefficient of variation of the lengths, which stays: the plateau.
+        angular: Over m2 the infinite-width value :math:`(1-\rho)/\rho`, which dies.
+        radial: Over m2 the squared coefficient of variation of the lengths, which stays: the
+            plateau.
         remainder: The rest of the first order in 1/N: the fluctuating angles, and their covariance
             with the lengths.
     """
@@ -50,16 +54,15 @@ class FiniteWidth(Trajectory):
     remainder: Array
 
 
-@dataclass(frozen=True)
-class _Moments:
+class _Moments(NamedTuple):
     """Averages of products of activations of inputs of mutual correlation rho, for <phi^2> = 1."""
 
-    fourth: float  # <phi_a^4>
-    squares: float  # <phi_a^2 phi_b^2>
-    cubic: float  # <phi_a^3 phi_b>
-    three: float  # <phi_a^2 phi_b phi_c>
-    four: float  # <phi_a phi_b phi_c phi_d>
-    product: float  # <phi_a phi_b>, the correlation map
+    aaaa: float
+    aabb: float
+    aaab: float
+    aabc: float
+    abcd: float
+    ab: float  # the correlation map
 
 
 def _moments(rho: float, slope: float) -> _Moments:
@@ -81,14 +84,43 @@ def _moments(rho: float, slope: float) -> _Moments:
 
     up, down = positive(share * g), positive(-share * g)
     scale = math.sqrt((1 + slope**2) / 2)
-    one = (up[0] - slope * down[0]) / scale
-    two = (up[1] + slope**2 * down[1]) / scale**2
-    three = (up[2] - slope**3 * down[2]) / scale**3
-    fourth = 6 * (1 + slope**4) / (1 + slope**2) ** 2
-    averages = (
-        float(weights @ values) for values in (two**2, three * one, two * one**2, one**4, one**2)
-    )
-    return _Moments(fourth, *averages)
+    a = (up[0] - slope * down[0]) / scale
+    aa = (up[1] + slope**2 * down[1]) / scale**2
+    aaa = (up[2] - slope**3 * down[2]) / scale**3
+    aaaa = 6 * (1 + slope**4) / (1 + slope**2) ** 2
+    products = (aa**2, aaa * a, aa * a**2, a**4, a**2)
+    return _Moments(aaaa, *(float(weights @ product) for product in products))
+
+
+class _FirstOrder(NamedTuple):
+    """The recursion's results by layer, (depth + 1,) each."""
+
+    gap: Array  # 1 - rho at infinite width
+    lengths: Array  # N times the squared coefficient of variation of the lengths
+    angles: Array  # N times the first order of the angles in v^2/sigma^2
+
+
+def _first_order(depth: int, rho0: float, slope: float) -> _FirstOrder:
+    """Chapter 3's recursion; U, V, C, D and mu are times N."""
+    decrement = maps._decrement("leaky_relu", slope)
+    gap, lengths = 1 - rho0, 0.0
+    mu = U = V = C = D = 0.0
+    rows = [(gap, 0.0, 0.0)]
+    for _ in range(depth):
+        rho = 1 - gap
+        aaaa, aabb, aaab, aabc, abcd, _ = _moments(rho, slope)
+        first = maps.correlation_slope(rho, activation="leaky_relu", negative_slope=slope)
+        second = (1 - slope) ** 2 / (1 + slope**2) / (math.pi * math.sqrt((1 - rho) * (1 + rho)))
+        gap -= decrement(gap)
+        f = 1 - gap
+        lengths += (aaaa - aabb) / 4
+        mu = first * mu + second * U / 2 + f * (3 * (aaaa - 1) + aabb - 1) / 4 - aaab + f
+        U = first**2 * U + aabb - f**2 - 2 * f * (aaab - f) + f**2 / 2 * (aaaa + aabb - 2)
+        V = first**2 * V + abcd - 2 * f * aabc + f**2 * aabb
+        C = first * C + aaab - f - f / 2 * (aaaa + aabb - 2)
+        D = first * D + aabc - f * aabb
+        rows.append((gap, lengths, V / f**2 - (C - D + mu) / f + 2 * gap))
+    return _FirstOrder(*np.array(rows).T)
 
 
 def finite_width(
@@ -100,13 +132,13 @@ def finite_width(
     activation: str = "relu",
     negative_slope: float = 0.0,
 ) -> FiniteWidth:
-    r"""m^2 and v^2 of networks of width N as averages over networks of v^2/m^2, to first order in 1/N.
+    r"""m^2 and v^2 of networks of width N, as the average of v^2/m^2 to first order in 1/N.
 
     .. math:: \Big\langle\frac{v_l^2}{m_l^2}\Big\rangle\approx\frac{1-\rho_l}{\rho_l}
-        +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,\qquad\cos\theta_k=\rho_k,
+        +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,
 
-    for ReLU. Valid for depths well below N times a few; beyond, the angles die faster than at
-    infinite width, but they hardly count then.
+    for ReLU, :math:`\cos\theta_k=\rho_k`. Valid for depths well below N times a few; beyond, the
+    angles die faster than at infinite width, but they hardly count then.
 
     Args:
         width: Units N of every layer.
@@ -120,15 +152,12 @@ def finite_width(
         negative_slope: The slope of leaky ReLU.
 
     Returns:
-        ``m2`` and ``v2`` relative to their sum, in the proportion of that average, and its parts.
-
-    Raises:
-        TypeError: If a number is not a number, or ``width`` or ``depth`` not an integer.
-        ValueError: If an argument is out of range or the activation unknown.
+        ``m2`` and ``v2`` in the proportion of that average, with the parts of v2.
 
     Examples:
         >>> law = finite_width(100, 49)
-        >>> print(f"{law.ratio[49]:.2f}, at infinite width {1 / law.angular[49] ** 0.5:.2f}")
+        >>> infinite = (law.m2[49] / law.angular[49]) ** 0.5
+        >>> print(f"{law.ratio[49]:.2f}, at infinite width {infinite:.2f}")
         3.08, at infinite width 8.87
     """
     width, depth = _check.integer("width", width), _check.integer("depth", depth, 0)
@@ -139,55 +168,13 @@ def finite_width(
         raise ValueError("rho0 must be below 1, where inputs have no angle between them, got 1.0")
     cv2 = _check.real("input_cv2", input_cv2, 0)
 
-    gap = 1 - rho
-    lengths = mean = variance = disjoint = own = other = 0.0  # times N: lengths, mu, U, G, C, D
-    rows = []
-    for layer in range(depth + 1):
-        rho = 1 - gap
-        rest = 0.0
-        if layer > 0:
-            rest = disjoint / rho**2 - (own - other + mean) / rho + 2 * gap
-        rows.append((gap, lengths, rest))
-        if layer == depth:
-            break
-        found = _moments(rho, slope)
-        gap -= maps.gap_decrement(gap, activation=activation, negative_slope=negative_slope)
-        f, four, squares = 1 - gap, found.fourth, found.squares
-        first = maps.correlation_slope(rho, activation=activation, negative_slope=negative_slope)
-        second = (1 - slope) ** 2 / (1 + slope**2) / (math.pi * math.sqrt((1 - rho) * (1 + rho)))
-
-        lengths += (four - squares) / 4
-        mean = (
-            first * mean
-            + second * variance / 2
-            + f * (0.75 * (four - 1) + 0.25 * (squares - 1))
-            - (found.cubic - f)
-        )
-        variance = (
-            first**2 * variance
-            + squares
-            - f**2
-            - 2 * f * (found.cubic - f)
-            + f**2 / 2 * (four + squares - 2)
-        )
-        own = first * own + found.cubic - f - f / 2 * (four + squares - 2)
-        other = first * other + found.three - f * squares
-        disjoint = first**2 * disjoint + found.four - 2 * f * found.three + f**2 * squares
-
-    gaps, radial, rest = np.array(rows).T
-    radial = cv2 + radial / width
-    with np.errstate(divide="ignore", invalid="ignore"):
-        angular = gaps / (1 - gaps)
-        remainder = np.where(gaps < 1, radial * angular + rest / (1 - gaps) / width, 0)
-    m2 = 1 / (1 + angular + radial + remainder)
-    return FiniteWidth(
-        m2=m2,
-        v2=1 - m2,
-        sigma2=np.ones(depth + 1),
-        angular=angular,
-        radial=radial,
-        remainder=remainder,
-    )
+    gap, lengths, angles = _first_order(depth, rho, slope)
+    spread = cv2 + lengths / width  # over m2
+    angular, radial = gap, (1 - gap) * spread  # these and the next are in units of m2/rho
+    remainder = gap * spread + angles / width
+    total = 1 + radial + remainder
+    parts = angular / total, radial / total, remainder / total
+    return FiniteWidth(sum(parts, np.zeros(depth + 1)), np.ones(depth + 1), *parts)
 
 
 def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
@@ -199,13 +186,8 @@ def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
 
     Args:
         activation: "relu" or "leaky_relu".
-        negative_slope: The slope a of leaky ReLU, at a distance from 1, where the angles stop
-            vanishing.
-
-    Raises:
-        TypeError: If ``negative_slope`` is not a number.
-        ValueError: If the activation is unknown, or the slope between 0.5 and 2: the sum then has
-            not come near its limit.
+        negative_slope: The slope a of leaky ReLU, not between 0.5 and 2: near 1, where angles stop
+            vanishing, the sum comes too slowly near its limit.
 
     Examples:
         >>> print(f"{plateau():.9f}")
@@ -216,6 +198,6 @@ def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
     if 0.5 < slope < 2:
         raise ValueError(f"negative_slope must be outside (0.5, 2), got {slope}")
     layers = [250, 354, 500, 707, 1000, 1414, 2000]
-    law = finite_width(1, layers[-1], activation=activation, negative_slope=negative_slope)
-    angles = 2 * np.arcsin(np.sqrt((1 - 1 / (1 + law.angular)) / 2))
-    return float(barycentric_interpolate(angles[layers], law.radial[layers], 0.0))
+    found = _first_order(layers[-1], 0.0, slope)
+    angles = 2 * np.arcsin(np.sqrt(found.gap[layers] / 2))
+    return float(barycentric_interpolate(angles, found.lengths[layers], 0.0))
