@@ -52,17 +52,25 @@ def verdict(
     if relation == "=":
         if error > tolerance:
             return "unresolved"
-        return "reproduced" if abs(ours - paper) <= tolerance else "**differs**"
+        return (
+            "reproduced"
+            if abs(ours - paper) <= tolerance
+            else "**differs**"
+        )
     margin = (ours - paper) * (1 if relation == ">" else -1)
     if abs(margin) <= 2 * error:
         return "unresolved"
     return "reproduced" if margin > 0 else "**differs**"
 
 
-def value(variable: xr.DataArray, **where: object) -> tuple[float, float]:
+def value(
+    variable: xr.DataArray, **where: object
+) -> tuple[float, float]:
     """Mean and standard error of one entry of a summary."""
     chosen = variable.sel(where)
-    mean, error = (float(chosen.sel(statistic=name)) for name in ("mean", "error"))
+    mean, error = (
+        float(chosen.sel(statistic=name)) for name in ("mean", "error")
+    )
     return mean, error
 
 
@@ -80,28 +88,35 @@ def _row(
         str(claim["text"]),
         verdict(relation, paper, ours, error, tolerance),
         f"{ours + 0:.{digits}f}{spread}",
-        ("" if relation == "=" else f"{relation} ") + f"{paper:.{digits}f}",
+        ("" if relation == "=" else f"{relation} ")
+        + f"{paper:.{digits}f}",
         str(claim["source"]),
         f"{tolerance:g}" if relation == "=" else "2 standard errors",
     )
 
 
-def table(rows: Iterable[Sequence[str]], columns: Sequence[str]) -> Markdown:
+def table(
+    rows: Iterable[Sequence[str]], columns: Sequence[str]
+) -> Markdown:
     """A Markdown table, in which formulas and links work."""
     lines = [columns, ("---",) * len(columns), *rows]
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return Markdown(
+        "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    )
 
 
-def report(chapter: str, found: dict[str, tuple[float, float]]) -> Markdown:
+def report(
+    chapter: str, found: dict[str, tuple[float, float]]
+) -> Markdown:
     """Show, and when storing keep, a chapter's claims.
 
     Args:
         chapter: Name of the notebook without its ending.
         found: Key to (ours, standard error), for all claims of the chapter, no others.
     """
-    stated = tomllib.loads((HERE / "claims.toml").read_text(encoding="utf-8"))[
-        chapter
-    ]
+    stated = tomllib.loads(
+        (HERE / "claims.toml").read_text(encoding="utf-8")
+    )[chapter]
     if set(found) != set(stated):
         raise ValueError(
             f"found must have the claims {sorted(stated)}, got {sorted(found)}"
@@ -111,7 +126,9 @@ def report(chapter: str, found: dict[str, tuple[float, float]]) -> Markdown:
         with (RESULTS / "claims" / f"{chapter}.csv").open(
             "w", newline="", encoding="utf-8"
         ) as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+            csv.writer(file, lineterminator="\n").writerows(
+                [COLUMNS, *rows]
+            )
     return table(rows, COLUMNS)
 
 
@@ -128,7 +145,9 @@ def overview(link: str = "[{number}]({chapter}.ipynb)") -> Markdown:
     rows = [
         (
             *row,
-            link.format(number=chapter[:2].lstrip("0"), chapter=chapter),
+            link.format(
+                number=chapter[:2].lstrip("0"), chapter=chapter
+            ),
         )
         for chapter in CHAPTERS
         for row in stored(chapter)
@@ -140,7 +159,12 @@ def figure(chapter: str, name: str) -> str:
     """The stored SVG of a figure, by the name in its cell's metadata."""
     notebook = nbformat.read(HERE / f"{chapter}.ipynb", as_version=4)
     for cell in notebook.cells:
-        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
+        if (
+            cell.metadata.get("mystnb", {})
+            .get("figure", {})
+            .get("name")
+            == name
+        ):
             return str(
                 next(
                     out.data["image/svg+xml"]
@@ -148,7 +172,9 @@ def figure(chapter: str, name: str) -> str:
                     if "data" in out
                 )
             )
-    raise ValueError(f"name must be a figure of {chapter}, got {name!r}")
+    raise ValueError(
+        f"name must be a figure of {chapter}, got {name!r}"
+    )
 
 
 BEGIN, END = "<!-- claims -->\n", "\n<!-- end of claims -->"

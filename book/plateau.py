@@ -50,7 +50,11 @@ def inputs(case: str, width: int) -> torch.Tensor | None:
         )  # pixels from 0 to 16, as they come
     else:
         x = sv.data.gaussian(SAMPLES, width, seed=7)
-    return x / x.norm(dim=1, keepdim=True) if case.endswith("unit norm") else x
+    return (
+        x / x.norm(dim=1, keepdim=True)
+        if case.endswith("unit norm")
+        else x
+    )
 
 
 def law(case: str, width: int) -> dict[str, np.ndarray]:
@@ -75,7 +79,9 @@ def law(case: str, width: int) -> dict[str, np.ndarray]:
         for group in groups
     ]
     rho = np.mean([x.m2 / (x.m2 + x.angular) for x in laws], axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):  # white: m2 = 0
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # white: m2 = 0
         radial = np.mean([x.radial / x.m2 for x in laws], axis=0)
         rest = np.mean([x.remainder / x.m2 for x in laws], axis=0)
         angular = 1 / rho - 1
@@ -92,7 +98,9 @@ def activation(case: str) -> dict[str, Any]:
     return {}
 
 
-def simulate(case: str, width: int, first: int, networks: int) -> xr.Dataset:
+def simulate(
+    case: str, width: int, first: int, networks: int
+) -> xr.Dataset:
     """v^2/m^2 and its parts in one block of networks."""
     record = sv.simulate(
         width,
@@ -104,7 +112,9 @@ def simulate(case: str, width: int, first: int, networks: int) -> xr.Dataset:
         progress=False,
         **activation(case),
     )
-    parts = {f"{name}_over_m2": name for name in ("v2", "angular", "radial")}
+    parts = {
+        f"{name}_over_m2": name for name in ("v2", "angular", "radial")
+    }
     kept: xr.Dataset = record[list(parts)].sel(layer=list(LAYERS))
     return kept.rename(parts)
 
@@ -112,7 +122,11 @@ def simulate(case: str, width: int, first: int, networks: int) -> xr.Dataset:
 def table() -> pd.DataFrame:
     """The stored record, with the law and the measured excess over it."""
     found = pd.read_csv(RESULTS / "plateau.csv")
-    law = found["law angular"] + found["law radial"] + found["law remainder"]
+    law = (
+        found["law angular"]
+        + found["law radial"]
+        + found["law remainder"]
+    )
     found["per cent"] = 100 * (found.v2 / law - 1)
     found["error"] = 100 * found["v2 error"] / law
     found["N v²/m², measured"] = found.width * found.v2
@@ -148,7 +162,9 @@ def main(store: Path) -> None:
                 }
                 for k in range(10)
             ]
-            record = xr.concat(sv.sweep.run(simulate, points, store), "network")
+            record = xr.concat(
+                sv.sweep.run(simulate, points, store), "network"
+            )
             found = sv.summarize(record)
             expected = law(case, width)
             for layer in LAYERS:
@@ -161,7 +177,11 @@ def main(store: Path) -> None:
                 }
                 for part in ("v2", "angular", "radial"):
                     row |= {part: float(at[part].sel(statistic="mean"))}
-                    row |= {f"{part} error": float(at[part].sel(statistic="error"))}
+                    row |= {
+                        f"{part} error": float(
+                            at[part].sel(statistic="error")
+                        )
+                    }
                 row |= {
                     f"law {part}": float(values[layer])
                     for part, values in expected.items()
@@ -176,4 +196,8 @@ def main(store: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "plateau.store")
+    main(
+        Path(sys.argv[1])
+        if len(sys.argv) > 1
+        else RESULTS / "plateau.store"
+    )

@@ -1,7 +1,8 @@
-"""CIFAR-10 and micrographs from files that the tests write themselves: whole, damaged, truncated, mislabelled, missing."""
+"""CIFAR-10 and micrographs from files that the tests write: whole, damaged, wrong, missing."""
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -55,9 +56,20 @@ def unpack(folder: Path, contents: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_official_numbers_stand_in_one_place() -> None:
-    """The layout of the real archive: six files of 30,730,000 bytes."""
-    assert 10_000 * (1 + 3 * 32 * 32) == 30_730_000
+def test_files_of_the_official_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six files of 10,000 records pass, all of them black; one with a record more does not."""
+    monkeypatch.undo()
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in CONTENTS:
+        (folder / name).touch()
+        os.truncate(folder / name, 30_730_000)
+    with pytest.raises(ValueError, match="images must differ in some pixel"):
+        data.cifar10(tmp_path)
+    os.truncate(folder / "test_batch.bin", 30_733_073)
+    message = "test_batch.bin must have 30,730,000 bytes, got 30,733,073: it is truncated or no"
+    with pytest.raises(ValueError, match=message):
+        data.cifar10(tmp_path)
     assert data.CIFAR10_URL.endswith("/cifar-10-binary.tar.gz")
 
 
@@ -80,8 +92,10 @@ def test_cifar10_is_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path / "packed"))
     packed = data.cifar10()
     assert torch.equal(packed.images, split.images)
-    assert data.CIFAR10_SHA256 in packed.source
-    assert hashlib.sha256(b"".join(CONTENTS.values())).hexdigest() in split.source
+    assert packed.source == "CIFAR-10, official archive"
+    assert packed.sha256 == data.CIFAR10_SHA256
+    assert split.source == "CIFAR-10, binary layout, unverified copy"
+    assert split.sha256 == hashlib.sha256(b"".join(CONTENTS.values())).hexdigest()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "another"])
@@ -95,11 +109,10 @@ def test_archive_with_another_checksum_is_refused(damage: str, tmp_path: Path) -
         "another": archive({}),
     }[damage]
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
-    message = rf"cifar-10-binary.tar.gz must have SHA-256 {data.CIFAR10_SHA256}, got {hashlib.sha256(content).hexdigest()} .*"
-    with pytest.raises(
-        ValueError,
-        match=message + rf"\({len(content):,} bytes\): it is damaged or truncated; .* get it again",
-    ):
+    digest = hashlib.sha256(content).hexdigest()
+    message = rf"cifar-10-binary.tar.gz must have SHA-256 {data.CIFAR10_SHA256}, got {digest} .*"
+    rest = rf"\({len(content):,} bytes\): it is damaged or truncated; .* get it again"
+    with pytest.raises(ValueError, match=message + rest):
         data.cifar10(tmp_path)
 
 
@@ -241,7 +254,9 @@ def test_micrographs_from_pairs_and_from_tiff(tmp_path: Path) -> None:
     pages = data.micrographs(tmp_path, held_out=3)
     assert torch.equal(pages.images, split.images)
     assert torch.equal(pages.labels, split.labels)
-    assert pages.source == split.source
+    assert pages.source == split.source == "12 micrographs"
+    pixels = np.stack(images).tobytes() + np.stack(labels).tobytes()
+    assert pages.sha256 == split.sha256 == hashlib.sha256(pixels).hexdigest()
     ones = write_pairs(tmp_path / "ones", images, [label // 255 for label in labels])
     assert torch.equal(data.micrographs(ones, held_out=3).labels, split.labels)
 

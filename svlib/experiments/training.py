@@ -28,7 +28,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,9 @@ def run(
     task = Task.load(experiment, folder, device)
     if sha256 not in (None, task.split.sha256):
         raise ValueError(f"sha256 must be the data's, {task.split.sha256!r}, got {sha256!r}")
-    path = None if checkpoints is None else _checkpoint(Path(checkpoints), task, seed)
+    path = None
+    if checkpoints is not None:
+        path = _checkpoint(Path(checkpoints), task, seed, provenance(task.device, started))
     state = State.load(path, task.device)
     state.lengthen(task.experiment)
     training = _Training(task, seed, state, started)
@@ -152,13 +153,13 @@ def run(
     return record.assign_attrs(provenance(task.device, started) | about | record.attrs)
 
 
-def _checkpoint(folder: Path, task: Task, seed: int) -> Path:
+def _checkpoint(folder: Path, task: Task, seed: int, about: Mapping[str, Any]) -> Path:
     """A file named by all that the numbers depend on: not by the run's length or its probes."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(task.experiment)
     del settings["iterations"], settings["probed"]
-    versions = version("svlib"), str(torch.__version__)
-    text = json.dumps([settings, seed, task.split.sha256, *versions, task.device.type])
+    identity = [settings, seed, task.split.sha256, task.device.type, about["svlib"], about["torch"]]
+    text = json.dumps(identity)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.checkpoint"
 
 
