@@ -1,4 +1,7 @@
-"""Settings for ``pytest`` from any folder: nbval compares outputs after replacing what differs between machines."""
+"""Settings for ``pytest`` from any folder.
+
+nbval compares outputs after replacing the parts that differ between machines.
+"""
 
 from pathlib import Path
 

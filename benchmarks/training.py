@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
+from svlib.probing.models import weighted_layers
 from svlib.experiments.training import Experiment, initialized, run
 
 NETWORKS = {
@@ -124,7 +125,7 @@ def worst(model: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
         )
 
     hooks = [
-        layer.register_forward_hook(look) for layer in sv.probing.weighted_layers(model).values()
+        layer.register_forward_hook(look) for layer in weighted_layers(model).values()
     ]
     with torch.no_grad():
         model(x)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import svlib as sv
-from svlib.probing.models import weighted_layers
 import torch
 import xarray as xr
 from sklearn import datasets
+from svlib.probing.models import weighted_layers
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
@@ -398,16 +398,15 @@ def best(losses: xr.DataArray) -> pd.DataFrame:
 
 
 def lines(best: pd.DataFrame) -> list[tuple[str, ...]]:
-    """One line per architecture: its loss, standard error and rate for every start."""
-    told = []
-    for name in ARCHITECTURES:
-        found = [best.loc[(name, start)] for start in REPAIRS]
-        texts = [
-            f"{row.loss:.2f} ± {row.error:.2f} at {row.learning_rate:g}"
-            for row in found
-        ]
-        told.append((name, *texts))
-    return told
+    """One line per architecture: loss, standard error and rate for every start."""
+    texts: dict[Any, str] = {
+        row.Index: f"{row.loss:.2f} ± {row.error:.2f} at {row.learning_rate:g}"
+        for row in best.itertuples()
+    }
+    return [
+        (name, *(texts[name, start] for start in REPAIRS))
+        for name in ARCHITECTURES
+    ]
 
 
 if __name__ == "__main__":

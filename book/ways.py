@@ -56,7 +56,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm(width)
-        self.linear = nn.utils.skip_init(nn.Linear, width, width)
+        self.linear = nn.Linear(width, width)
         self.slope, self.residual = slope, residual
         deviation = (2 / (1 + slope**2) / width) ** 0.5
         nn.init.normal_(
@@ -139,7 +139,7 @@ def compared() -> pd.DataFrame:
 
 def lines(table: pd.DataFrame) -> list[tuple[str, ...]]:
     """The rows of :func:`compared` in words."""
-    told = []
+    told: list[tuple[str, ...]] = []
     for name, row in table.iterrows():
         level = "yes" if row["at 200"] / row["at 100"] < 1.2 else "no"
         plateau = f"{level}: {row['at 100']:.1f}, {row['at 200']:.1f}"
@@ -159,7 +159,7 @@ def train(model: nn.Module, rate: float, seed: int) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits.images), generator=generator)
     losses = []
-    for rows in order[:960].split(20):
+    for rows in torch.split(order[:960], 20):
         scores = model(digits.images[rows])
         loss = nn.functional.cross_entropy(scores, digits.labels[rows])
         optimizer.zero_grad()

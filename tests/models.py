@@ -1,4 +1,4 @@
-"""Models of many kinds, small, each with a batch; for tests of what probes, explains and repairs any model."""
+"""Models of many kinds, small, each with a batch, to probe, explain and repair."""
 
 import os
 from collections.abc import Callable

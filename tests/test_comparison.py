@@ -55,7 +55,7 @@ def test_best_rate_with_runs_missing_or_lost() -> None:
     middle = sv.comparison.best_rates(losses.where(losses != 2.0, 3.0)).loc["total"]
     assert (middle.learning_rate, middle.loss) == (0.2, 3.0)
     assert middle.at_edge  # no higher rate was run
-    assert np.isnan(float(middle["error"]))  # one seed
+    assert np.isnan(middle.to_dict()["error"])  # one seed
     assert best.isna().loc["sample", ["learning_rate", "loss"]].all()
     assert not best.at_edge["sample"]
 

@@ -164,11 +164,9 @@ def test_no_trace_but_the_weights() -> None:
     sv.init.sample_(model, gaussian(30, 4))
     after = state(model)
     weights = {"0.weight", "0.bias", "3.weight", "3.bias"}
-    changed = {
-        name
-        for name, value in model.state_dict().items()
-        if not torch.equal(before["state"][name], value)
-    }  # type: ignore[index]
+    old: Any = before["state"]
+    now = model.state_dict()
+    changed = {name for name, value in now.items() if not torch.equal(old[name], value)}
     assert changed == weights
     before.pop("state"), after.pop("state")
     same(before, after)

@@ -417,6 +417,6 @@ def test_stored_architectures_are_the_whole_grid() -> None:
     assert table.loss.notna().mean() > 0.9
     run = architectures.train("ViT", "as it comes", 1e-3, seed=0, steps=2)
     assert np.isfinite(run.loss).all()
-    best = architectures.best(table)
+    best = architectures.best(architectures.losses())
     assert len(best) == len(architectures.ARCHITECTURES) * len(architectures.REPAIRS)
     assert not best.at_edge.any()

@@ -273,8 +273,8 @@ def test_networks_do_not_depend_on_their_neighbours(options: dict[str, object]) 
         samples=6,
         seed=5,
         dtype=torch.float64 if chaotic else torch.float32,
-        **options,
-    )  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
+    )
     many = call(networks=9)
     for other in (
         call(networks=range(4)),

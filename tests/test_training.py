@@ -283,7 +283,7 @@ def train_to_file(kind: str, folder: Path) -> None:
 
     torch.set_num_threads(1)
     training._LOOK = 1  # a checkpoint at every iteration
-    State.save = slowly  # type: ignore[method-assign]  # in this process alone
+    State.save = slowly  # type: ignore[assignment,method-assign]  # here alone
     record = run(LONGER[kind], seed=1, checkpoints=folder, every=0.0)
     record.to_netcdf(folder / "record.nc", engine="scipy")
 
@@ -444,7 +444,8 @@ def test_a_finished_run_is_read_and_another_is_not_taken_for_it(
     run(replace(SMALL, learning_rate=0.02), 0, checkpoints=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     with monkeypatch.context() as patch:
-        provenance = training.provenance
+        from svlib._files import provenance
+
         patch.setattr(training, "provenance", lambda *_: provenance(*_) | {"svlib": "another"})
         run(SMALL, 0, checkpoints=tmp_path)
     split = sv.data.digits()._replace(sha256="of another copy")
@@ -544,9 +545,8 @@ def test_a_folder_that_changes_is_read_again(micrographs: Path, tmp_path: Path) 
 
 
 def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
-    experiment = replace(
-        SMALL, width=np.int64(SMALL.width), learning_rate=np.float32(0.5), iterations=2
-    )  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {"width": np.int64(SMALL.width), "learning_rate": np.float32(0.5)}
+    experiment = replace(SMALL, iterations=2, **numbers)
     assert run(experiment, 0, checkpoints=tmp_path).attrs["learning_rate"] == 0.5
 
 
