@@ -60,7 +60,7 @@ def run(case: str, model: nn.Module, batches: list[Any]) -> float:
 
 
 def overhead() -> None:
-    """Over batches of few and of many inputs, and over ten batches, of which only the first is recorded for the theory."""
+    """Batches of few and of many inputs, and ten batches, of which explain records the first."""
     for name, make in MODELS.items():
         model, batch_of = make()
         model.eval()
@@ -73,10 +73,8 @@ def overhead() -> None:
             text = ", ".join(
                 f"{case} {median:.2f} ({low:.2f} to {high:.2f})" for case, median, low, high in told
             )
-            print(
-                f"{name}, {count} x {inputs} inputs, forward {np.median(seconds[:, 0]):.2f} s; times over it: {text}",
-                flush=True,
-            )
+            what = f"{name}, {count} x {inputs} inputs, forward {np.median(seconds[:, 0]):.2f} s"
+            print(f"{what}; times over it: {text}", flush=True)
 
 
 def watch() -> None:
@@ -102,9 +100,8 @@ def watch() -> None:
         seconds.append(row)
     ratios = np.array(seconds)[:, 1:] / np.array(seconds)[:, :1]
     for every, found in zip((1, 10, 100), ratios.T, strict=True):
-        print(
-            f"Probe every {every} steps: {np.median(found):.3f} ({found.min():.3f} to {found.max():.3f}) of the bare time"
-        )
+        told = f"{np.median(found):.3f} ({found.min():.3f} to {found.max():.3f})"
+        print(f"Probe every {every} steps: {told} of the bare time")
 
 
 def memory(case: str = "") -> None:
@@ -130,9 +127,8 @@ def memory(case: str = "") -> None:
     else:
         sv.probe(model, batches())
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"{name}, {kind}, {count} batches of {inputs}: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} above the model"
-    )
+    above = f"{after / 1024:.0f} MiB, {(after - before) / 1024:.0f} above the model"
+    print(f"{name}, {kind}, {count} batches of {inputs}: {above}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
-from svlib.probing.models import weighted_layers
 from svlib.experiments.training import Experiment, initialized, run
+from svlib.probing.models import weighted_layers
 
 NETWORKS = {
     "ALL-CNN-C": Experiment(
@@ -54,9 +54,7 @@ def bare_loop(experiment: Experiment) -> float:
 
 
 def loop(repetitions: int = 7) -> None:
-    print(
-        "seconds per iteration: bare loop, svlib.experiments.training.run, ratio of medians; ratios of neighbours"
-    )
+    print("seconds per iteration: bare loop, svlib's run, ratio of medians; ratios of neighbours")
     for name, experiment in NETWORKS.items():
         bare, ours = [], []
         for repetition in range(repetitions + 1):  # the first is not counted
@@ -65,7 +63,8 @@ def loop(repetitions: int = 7) -> None:
         ratio = statistics.median(ours[1:]) / statistics.median(bare[1:])
         pairs = sorted(b / a for a, b in zip(bare[1:], ours[1:], strict=True))
         print(
-            f"  {name:26} {statistics.median(bare[1:]):.4f} {statistics.median(ours[1:]):.4f} {ratio:.3f}",
+            f"  {name:26} {statistics.median(bare[1:]):.4f} {statistics.median(ours[1:]):.4f}",
+            f"{ratio:.3f}",
             end="  ",
         )
         print(" ".join(f"{pair:.2f}" for pair in pairs))
@@ -73,7 +72,8 @@ def loop(repetitions: int = 7) -> None:
 
 def cost(repetitions: int = 7) -> None:
     print(
-        "one initialization in forward passes of its batch; one iteration of training in those of total init"
+        "one initialization in forward passes of its batch; "
+        "one iteration of training in those of total init"
     )
     for name, experiment in NETWORKS.items():
         times: dict[str, list[float]] = {
@@ -111,7 +111,8 @@ def seconds(call: Callable[..., object], *arguments: object) -> float:
 
 
 def worst(model: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
-    """Over all layers and units: largest |sample mean|, |sample variance - 1|; over layers, |mean square - 1|."""
+    """Largest |sample mean| and |sample variance - 1| of a unit, largest |mean square - 1| of a
+    layer."""
     found = []
 
     def look(layer: nn.Module, _: object, y: torch.Tensor) -> None:
@@ -124,14 +125,13 @@ def worst(model: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
             )
         )
 
-    hooks = [
-        layer.register_forward_hook(look) for layer in weighted_layers(model).values()
-    ]
+    hooks = [layer.register_forward_hook(look) for layer in weighted_layers(model).values()]
     with torch.no_grad():
         model(x)
     for hook in hooks:
         hook.remove()
-    return tuple(float(torch.stack(column).max()) for column in zip(*found, strict=True))  # type: ignore[return-value]
+    columns = zip(*found, strict=True)
+    return tuple(float(torch.stack(x).max()) for x in columns)  # type: ignore[return-value]
 
 
 def exactness() -> None:
@@ -154,7 +154,7 @@ def exactness() -> None:
         ),
     }
     print(
-        "after sample_, worst unit: |mean|, |variance - 1| on the calibration batch; on a fresh one; ",
+        "after sample_, worst unit: |mean|, |variance - 1| on the calibration batch; on another; ",
         end="",
     )
     print("after total_, worst layer: |mean square - 1|; on a fresh one")
@@ -165,7 +165,8 @@ def exactness() -> None:
         own, other = worst(sample, calibration), worst(sample, fresh)
         squares = worst(total, calibration)[2], worst(total, fresh)[2]
         print(
-            f"  {name:16} {own[0]:.1e} {own[1]:.1e}; {other[0]:.2f} {other[1]:.2f}; {squares[0]:.1e}; {squares[1]:.3f}"
+            f"  {name:16} {own[0]:.1e} {own[1]:.1e}; {other[0]:.2f} {other[1]:.2f};",
+            f"{squares[0]:.1e}; {squares[1]:.3f}",
         )
 
 

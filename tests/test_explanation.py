@@ -37,7 +37,7 @@ def wide(*layers: nn.Module, variance: float = 2 / WIDTH) -> nn.Sequential:
 
 
 def agree(explanation: sv.Explanation) -> None:
-    """Within three deviations of one network: sigma^2 has the relative variance 5 l / N at layer l."""
+    """Within three deviations of one network: sigma^2 has relative variance 5 l / N at layer l."""
     expected, found = explanation.theory, explanation.table
     spread = np.sqrt(5 * np.arange(1, len(found) + 1) / WIDTH)
     assert (np.abs(expected.sigma2 / found.sigma2 - 1) < 3 * spread).all()

@@ -93,7 +93,7 @@ def test_equals_arithmetic_by_hand(name: str) -> None:
 
 
 def test_two_common_mistakes_would_be_noticed() -> None:
-    """Squaring the variance, or averaging over units instead of inputs, as seen in ports of such tools."""
+    """The variance squared, or averaged over units instead of inputs, as in ports of such tools."""
     y = gaussian(50, 8) * torch.arange(1, 9) + torch.arange(8)
     model = nn.Linear(8, 8, bias=False)
     nn.init.eye_(model.weight)
@@ -457,7 +457,8 @@ def test_any_model_equals_arithmetic_by_hand(name: str, shift: int, positions: s
     if shift and layers[table.name[0]].bias is not None:
         assert table.ratio.max() > 50
     print(
-        f"{name}, {len(table)} rows, m/v up to {table.ratio.max():.0f}, {positions}: v2 within {worst:.0e}"
+        f"{name}, {len(table)} rows, m/v up to {table.ratio.max():.0f}, {positions}: "
+        f"v2 within {worst:.0e}"
     )
 
 
@@ -504,7 +505,8 @@ def test_all_rows_of_modules_and_functions() -> None:
 
 
 def test_units_lie_where_they_lay() -> None:
-    """ReLU behind a convolution in one dimension has its units along dimension 1, behind a linear layer along the last."""
+    """ReLU has its units along dimension 1 behind a convolution in one dimension, along the last
+    behind a linear layer."""
     y = gaussian(20, 3, 7) * torch.arange(1, 4)[:, None] + torch.arange(3)[:, None]
     for layer in (nn.Conv1d(3, 3, 1, bias=False), nn.Linear(7, 7, bias=False)):
         nn.init.dirac_(layer.weight) if isinstance(layer, nn.Conv1d) else nn.init.eye_(layer.weight)

@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -266,15 +268,8 @@ def test_one_input_without_weight_matrix_has_the_same_distribution() -> None:
 )
 def test_networks_do_not_depend_on_their_neighbours(options: dict[str, object]) -> None:
     chaotic = options.get("normalization") == "batch"  # amplifies rounding
-    call = partial(
-        simulate,
-        40,
-        30,
-        samples=6,
-        seed=5,
-        dtype=torch.float64 if chaotic else torch.float32,
-        **options,  # type: ignore[arg-type]
-    )
+    dtype = torch.float64 if chaotic else torch.float32
+    call = partial(simulate, 40, 30, samples=6, seed=5, dtype=dtype, **options)  # type: ignore[arg-type]
     many = call(networks=9)
     for other in (
         call(networks=range(4)),
@@ -393,6 +388,15 @@ def test_record_says_how_it_was_made() -> None:
     } <= set(record.attrs)
     assert record.attrs["seed"] == 7
     assert record.m2.dtype == np.float64
+
+
+def test_no_import_of_what_only_pictures_and_derivations_need() -> None:
+    code = (
+        "import sys, svlib.simulation, svlib.pairs, svlib.theory; svlib.theory.trajectory(2); "
+        "print(sorted({'matplotlib', 'sympy', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_global_generator_is_touched() -> None:

@@ -1,4 +1,7 @@
-"""Every page in headless Chromium: no request leaves the site, no error, all mathematics typeset, nothing overflows."""
+"""Every page in headless Chromium.
+
+No request leaves the site, no error, all mathematics is typeset, nothing overflows.
+"""
 
 import os
 import shutil
@@ -70,7 +73,8 @@ def test_page(browser: Browser, address: str, name: str, scheme: str) -> None:
         page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
         assert (
             page.evaluate(
-                "[...document.images].filter(image => image.complete && !image.naturalWidth).map(i => i.src)"
+                "[...document.images]"
+                ".filter(image => image.complete && !image.naturalWidth).map(i => i.src)"
             )
             == []
         )

@@ -1,4 +1,4 @@
-"""Once the repository's address is set in ``_config.yml``, the chapters get their launch buttons."""
+"""Once the repository's address is set in ``_config.yml``, chapters get launch buttons."""
 
 import re
 import shutil
