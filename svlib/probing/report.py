@@ -23,7 +23,8 @@ _PAGE = """<!doctype html>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1rem/1.5 system-ui, sans-serif; }}
 body {{ max-width: 60rem; margin: 0 auto; padding: 1rem; }}
-h1, dd {{ overflow-wrap: anywhere; }} figure {{ margin: 0; }} svg {{ max-width: 100%; height: auto; }}
+h1, dd {{ overflow-wrap: anywhere; }} figure {{ margin: 0; }}
+svg {{ max-width: 100%; height: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ border: 0; border-bottom: 1px solid #8080804d; }}
 th, td {{ padding: .2rem .7rem; text-align: left; }}
