@@ -143,23 +143,27 @@ class Task:
         return found | self._held_out(model)
 
     def _held_out(self, model: nn.Module) -> dict[str, float]:
-        """Loss, fraction of wrong images or pixels and, for masks, overlap, in evaluation mode."""
+        """The model's errors in evaluation mode."""
         model.eval()
         with torch.no_grad():
             parts = torch.split(self.split.held_out_images, 256)
             scores = torch.cat([model(x.to(memory_format=self.memory_format)) for x in parts])
         model.train()
-        labels = self.split.held_out_labels
-        masks = scores.ndim == 4
-        guesses = (scores > 0).to(labels) if masks else scores.argmax(1)
-        found = {
-            "held_out_loss": float(loss(scores, labels)),
-            "held_out_error": float((guesses != labels).double().mean()),
-        }
-        if masks:
-            union = float(torch.maximum(guesses, labels).sum())
-            found["held_out_iou"] = float((guesses * labels).sum()) / union if union else 1.0
-        return found
+        return errors(scores, self.split.held_out_labels)
+
+
+def errors(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Loss and fraction of wrong images or pixels; for masks, intersection over union."""
+    masks = scores.ndim == 4
+    guesses = (scores > 0).to(labels) if masks else scores.argmax(1)
+    found = {
+        "held_out_loss": float(loss(scores, labels)),
+        "held_out_error": float((guesses != labels).double().mean()),
+    }
+    if masks:
+        union = float(torch.maximum(guesses, labels).sum())
+        found["held_out_iou"] = float((guesses * labels).sum()) / union if union else 1.0
+    return found
 
 
 def loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
