@@ -116,7 +116,7 @@ class Experiment:
 
     @property
     def moments(self) -> list[int]:
-        """Iterations before which is measured: the start, those probed, the end."""
+        """The iterations before which layers are measured, the start, those probed, the end."""
         return sorted({0, *self.probed, self.iterations})
 
 

@@ -33,7 +33,7 @@ def he_(model: Model, seed: int) -> Model:
 
     Examples:
         >>> layer = he_(nn.Linear(800, 500), seed=0)
-        >>> print(f"{float(layer.weight.var()):.4f}", float(layer.bias.abs().max()))
+        >>> print(f"{layer.weight.detach().var():.4f}", float(layer.bias.detach().abs().max()))
         0.0025 0.0
     """
     generator = stream(seed, "weights")
