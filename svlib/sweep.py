@@ -40,7 +40,7 @@ def run(
     common: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> list[xr.Dataset]:
-    """Call ``function(**point)`` for every point that has no record in ``store`` yet.
+    """Call ``function(**point)`` for every point that has no record in ``store``.
 
     Each record is written by this process as soon as its point is finished. A killed or interrupted
     run loses only the points in flight; call again to go on. If a point fails, the others still
@@ -48,30 +48,21 @@ def run(
     function that is not svlib's own is known by its name alone.
 
     Args:
-        function: A function of a module (executors send it by name) that returns an
-            ``xarray.Dataset``.
+        function: A function of a module (executors send it by name) that returns a Dataset.
         points: Keyword arguments, of the types that JSON has, and ranges.
         store: Folder of the records, made if missing.
-        executor: ``None`` to run here, or any ``concurrent.futures.Executor``: a
-            ``ProcessPoolExecutor``, or Dask's ``Client.get_executor()`` for a cluster.
-        common: Keyword arguments of every call that do not change its result and name no point:
-            folders, for example.
+        executor: ``None`` to run here, or any ``concurrent.futures.Executor``, also Dask's.
+        common: Keyword arguments of every call that do not change its result, such as folders.
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Returns:
-        The records in the order of the points, as read from the store. Equal calls give equal data;
-        attributes such as the wall time may differ. Integers come back with 32 bits.
+        The records in the order of the points, as read from the store; integers have 32 bits.
 
     Raises:
-        TypeError: If a point is no mapping or holds what JSON does not, or the function has no name
-            in a module.
-        ValueError: If a point comes twice.
-        RuntimeError: If points failed: how many, the first, and its error. The others are in the
-            store.
+        RuntimeError: If points failed: how many, the first, and its error.
 
     Warns:
-        UserWarning: If a record is damaged or of another point; it is set aside and its point runs
-            again.
+        UserWarning: If a record is damaged; it is set aside and its point runs again.
 
     Examples:
         >>> import tempfile
@@ -90,23 +81,23 @@ def run(
     records = {text: record for text in wanted if (record := _load(folder, text)) is not None}
     missing = {text: point for text, point in wanted.items() if text not in records}
     failures: dict[str, Exception] = {}
-    with tqdm(
-        total=len(wanted),
-        initial=len(records),
-        disable=None if progress is None else not progress,
-        unit="point",
-    ) as bar:
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(wanted), initial=len(records), disable=hidden, unit="point") as bar:
         for text, call in _calls(partial(function, **common or {}), missing, executor):
             try:
                 _write(folder, text, _checked(call()))
             except Exception as error:
                 failures[text] = error
             bar.update()
+    _refuse(failures, len(wanted), folder)
+    return [records[text] if text in records else _read(folder, text) for text in wanted]
+
+
+def _refuse(failures: Mapping[str, Exception], points: int, folder: Path) -> None:
     if failures:
         text, first = next(iter(failures.items()))
-        count = f"{len(failures)} of {len(wanted)} points failed, the others are in {folder}"
+        count = f"{len(failures)} of {points} points failed, the others are in {folder}"
         raise RuntimeError(f"{count}; first {text}: {type(first).__name__}: {first}") from first
-    return [records[text] if text in records else _read(folder, text) for text in wanted]
 
 
 def processes(workers: int) -> ProcessPoolExecutor:

@@ -97,17 +97,15 @@ def run(
     every: float = _CLOCK,
     progress: bool | None = None,
 ) -> xr.Dataset:
-    """Train one network; the record is described in :mod:`svlib.experiments.training`.
+    """Train one network; :mod:`svlib.experiments.training` describes the record.
 
     With ``checkpoints``, a run that was killed goes on from its last one, and a longer run from a
-    shorter one's end. On the same machine with as many threads it ends with the same numbers bit
-    for bit: batches depend on seed and iteration alone, and cuDNN is held to deterministic
-    algorithms.
+    shorter one's end, bit for bit on the same machine with as many threads: batches depend on seed
+    and iteration alone, and cuDNN is held to deterministic algorithms.
 
     Args:
         experiment: The configuration, or a mapping with its fields.
-        seed: Seed of weights, calibration batch and order of the data; runs with one seed are
-            paired.
+        seed: Seed of weights, calibration batch and order; runs with one seed are paired.
         folder: As for :func:`initialized`.
         device: Where to train.
         sha256: Train on the copy of the data with this checksum only; ``None``: on any.
@@ -116,14 +114,12 @@ def run(
         progress: Show a progress bar; ``None`` shows it on a terminal only.
 
     Raises:
-        ValueError: If there are fewer images than a batch wants, the data are another copy than
-            ``sha256``, or a checkpoint is past an iteration that is to be probed.
-        FileNotFoundError: If the data are not in ``folder``.
-        OSError: If a checkpoint cannot be written; the one before it stays.
+        ValueError: If there are too few images, the data are another copy than ``sha256``, or a
+            checkpoint is past an iteration that is to be probed.
+        OSError: If the data are not in ``folder``, or a checkpoint cannot be written.
 
     Warns:
-        UserWarning: If a checkpoint is damaged; it is set aside and the run starts again. If the
-            last one cannot be written.
+        UserWarning: If a checkpoint is damaged and the run starts again, or the last is not written.
 
     Examples:
         >>> record = run(Experiment("digits", "sample", width=4, iterations=2, batch_size=8), 0)
@@ -135,9 +131,8 @@ def run(
     task = Task.load(experiment, folder, device)
     if sha256 not in (None, task.split.sha256):
         raise ValueError(f"sha256 must be the data's, {task.split.sha256!r}, got {sha256!r}")
-    path = None
-    if checkpoints is not None:
-        path = _checkpoint(Path(checkpoints), task, seed, provenance(task.device, started))
+    about = provenance(task.device, started)
+    path = _checkpoint(Path(checkpoints), task, seed, about) if checkpoints is not None else None
     state = State.load(path, task.device)
     state.lengthen(task.experiment)
     training = _Training(task, seed, state, started)
@@ -145,12 +140,12 @@ def run(
     try:
         training.save(path)
     except OSError as error:  # the caller gets the record all the same
-        warnings.warn(
-            f"the run is over, its last checkpoint could not be written: {error}", stacklevel=2
-        )
-    about = {"seed": seed, "source": task.split.source, "sha256": task.split.sha256}
+        text = "the run is over, its last checkpoint could not be written"
+        warnings.warn(f"{text}: {error}", stacklevel=2)
+    about = provenance(task.device, started) | {"seed": seed}
+    about |= {"source": task.split.source, "sha256": task.split.sha256}
     record = state.record(task.experiment)
-    return record.assign_attrs(provenance(task.device, started) | about | record.attrs)
+    return record.assign_attrs(about | record.attrs)
 
 
 def _checkpoint(folder: Path, task: Task, seed: int, about: Mapping[str, Any]) -> Path:
