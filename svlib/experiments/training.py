@@ -119,7 +119,7 @@ def run(
         OSError: If the data are not in ``folder``, or a checkpoint cannot be written.
 
     Warns:
-        UserWarning: If a checkpoint is damaged and the run starts again, or the last is not written.
+        UserWarning: If a checkpoint is damaged, or the last one cannot be written.
 
     Examples:
         >>> record = run(Experiment("digits", "sample", width=4, iterations=2, batch_size=8), 0)
