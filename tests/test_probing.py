@@ -131,6 +131,9 @@ def test_dead_units_are_counted() -> None:
     with torch.no_grad():
         model.bias.copy_(torch.tensor([-100.0, -100.0, -100.0, 100.0]))  # type: ignore[union-attr]
     assert sv.probe(model, gaussian(3, 1, 5, 5)).dead.iloc[0] == 0.75
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)  # type: ignore[arg-type]
+    assert sv.probe(model, gaussian(3, 1, 5, 5)).dead.iloc[0] == 1  # 0 passes nothing either
 
 
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]

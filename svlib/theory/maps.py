@@ -161,8 +161,8 @@ def batchnorm_correlation(batch: int) -> float:
     r""":math:`m^2/\sigma^2` of ReLU preactivations before BatchNorm, for a batch of B inputs.
 
     After BatchNorm two inputs of a batch have correlation -1/(B-1); a ReLU layer takes that to
-    :math:`f(-1/(B-1))` (Yang et al. 2019, linearly: the fluctuation of the batch statistics is left
-    out).
+    :math:`f(-1/(B-1))` (Yang et al. 2019). It is exact at infinite width for every B, because ReLU
+    is homogeneous and the law of the batch invariant under rotation.
 
     Args:
         batch: Number of inputs B, at least 2.
@@ -177,8 +177,7 @@ def batchnorm_correlation(batch: int) -> float:
 def batchnorm_gradient_growth(batch: int | None = None) -> float:
     r"""Factor per layer by which squared gradients grow backwards through BatchNorm and ReLU.
 
-    Large batch: :math:`\pi/(\pi-1)`. Batch of B inputs, with :math:`r=-1/(B-1)` (Yang et al. 2019,
-        ReLU):
+    Large batch: :math:`\pi/(\pi-1)`. Batch of B inputs, with :math:`r=-1/(B-1)` (Yang et al. 2019):
 
     .. math:: \frac{f'(r)+(B-1)}{(B-3)(1-f(r))}-\frac1{B-3} .
 
