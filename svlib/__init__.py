@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib.probing import report as report
     from svlib.probing.diagnosis import Explanation as Explanation
     from svlib.probing.diagnosis import explain as explain
-    from svlib.probing.probe import Probe as Probe
     from svlib.probing.probe import probe as probe
     from svlib.probing.probe import probe_gradients as probe_gradients
+    from svlib.probing.watch import Probe as Probe
     from svlib.simulation import sample_preactivations as sample_preactivations
     from svlib.simulation import simulate as simulate
     from svlib.simulation import summarize as summarize
@@ -44,7 +44,8 @@ _NAMES = {  # module: its names that svlib has too
     "svlib.moments": ["Decomposition", "Moments", "decompose"],
     "svlib.pairs": ["simulate_angles"],
     "svlib.simulation": ["sample_preactivations", "simulate", "summarize"],
-    "svlib.probing.probe": ["Probe", "probe", "probe_gradients"],
+    "svlib.probing.probe": ["probe", "probe_gradients"],
+    "svlib.probing.watch": ["Probe"],
     "svlib.probing.diagnosis": ["Explanation", "explain"],
 }
 __version__ = _version("svlib")

@@ -54,6 +54,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.calls": "probing.models probing.operations",
     "probing.rows": "probing.calls probing.models probing.operations moments",
     "probing.probe": "probing.calls probing.models probing.rows moments",
+    "probing.watch": "probing.models probing.rows",
     "probing.along": "probing.calls probing.operations theory.maps",
     "probing.diagnosis": "probing.along probing.calls probing.operations probing.probe "
     "probing.rows",
