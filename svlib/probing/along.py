@@ -148,15 +148,15 @@ def theory(table: pd.DataFrame, calls: Iterable[Call], *, units: bool) -> pd.Dat
         known = [parent for parent in before if not isinstance(parent, str)]
         asks_parents = not isinstance(call.operation, ops.Measured)
         signal = silent if silent and asks_parents else follow(call.operation, known, units=units)
-        if call.row is not None and call.row in measured:
+        for row in (row for row in call.rows if row in measured):
             weights = _weights(call, listed)
             if isinstance(signal, Signal):
-                expected[call.row] = signal, ""
+                expected[row] = signal, ""
             elif weights is not None:
                 bias = getattr(weights.operation, "bias", ops.Constant())
-                sigma2, m2 = measured[call.row]
+                sigma2, m2 = measured[row]
                 start, signal = signal, Signal(sigma2, m2, bias.mean2)
-                expected[call.row] = signal, start
+                expected[row] = signal, start
         signals.append(signal)
     rows = []
     for name in table.name:
@@ -205,4 +205,4 @@ def gradient_growth(calls: Iterable[Call], *, batchnorm: bool = False) -> float:
             growth, behind_weights = growth * behind_weights, 1.0
         ways.append((growth, behind_relu, behind_weights))
     outputs = [way for way, call in zip(ways, listed, strict=True) if call.is_output] or ways[-1:]
-    return outputs[0][0] if outputs else 1.0
+    return max(way[0] for way in outputs) if outputs else 1.0

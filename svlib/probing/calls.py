@@ -6,16 +6,19 @@ operation, on the outputs of which calls. :mod:`svlib.probing.along` follows it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from svlib.probing import operations as ops
 from svlib.probing.models import tensors
+from svlib.probing.norms import Note, note
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,14 @@ class Call:
         function: Name of the function.
         operation: What theory needs to know of the call.
         parents: Numbers of the calls whose outputs it took.
-        row: Name of the output's row in the table, if it has one.
-        is_output: Whether it made the model's (first) output.
+        rows: Names of the output's rows in the table: a tensor that is returned again has several.
+        is_output: Whether it made an output of the model.
     """
 
     function: str
     operation: ops.Operation
     parents: tuple[int, ...] = ()
-    row: str | None = None
+    rows: tuple[str, ...] = ()
     is_output: bool = False
 
 
@@ -42,25 +45,25 @@ class _Output(NamedTuple):
 
     ``measures`` says whether theory knows its mean squares. ``origins`` are the nearest weights
     (their storage) or inputs upstream; signals that share none are independent. ``units`` is their
-    number, where known.
+    number, where known; ``note`` says which step of a normalization the output is.
     """
 
     measures: bool
     origins: frozenset[int]
-    units: int | None = None
+    units: int | None
+    note: Note
 
 
 class Recorder(TorchFunctionMode):
     """Record the calls of a forward pass, while active as a context manager.
 
-    ``inputs`` are the model's arguments. ``measure`` measures the operands of a sum that no formula
-    follows. ``on_call`` is called with the function's name and its output after every call that
-    computed (and did not only view) it.
+    ``measure`` measures the operands of a sum that no formula follows. ``on_call`` is called with
+    the function's name and its output after every call that computed (and did not only view) it.
     """
 
     def __init__(
         self,
-        inputs: Any,
+        inputs: Iterable[tuple[ops.Input, torch.Tensor]],
         measure: Callable[[torch.Tensor], ops.Measured | None],
         on_call: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
@@ -69,8 +72,9 @@ class Recorder(TorchFunctionMode):
         self._measure, self._on_call = measure, on_call
         self._number = WeakTensorKeyDictionary()
         self._outputs: list[_Output] = []  # of the calls
-        for number, (_, x) in enumerate(tensors(inputs)):
-            self._add(Call("input", ops.Input()), x, _Output(False, frozenset({-1 - number})))
+        for number, (described, x) in enumerate(inputs):
+            known = _Output(False, frozenset({-1 - number}), None, Note("itself", number))
+            self._add(Call("input", described), x, known)
 
     def knows(self, output: torch.Tensor) -> bool:
         """Whether a tensor depends on the inputs, as far as was seen."""
@@ -80,7 +84,8 @@ class Recorder(TorchFunctionMode):
         """Say that an output has a row of this name."""
         if output in self._number:
             number = self._number[output]
-            self.calls[number] = replace(self.calls[number], row=row)
+            rows = (*self.calls[number].rows, row)
+            self.calls[number] = replace(self.calls[number], rows=rows)
             self._outputs[number] = self._outputs[number]._replace(measures=True)
 
     def is_output(self, output: Any) -> None:
@@ -89,7 +94,6 @@ class Recorder(TorchFunctionMode):
             if y in self._number and y.is_floating_point():
                 number = self._number[y]
                 self.calls[number] = replace(self.calls[number], is_output=True)
-                return
 
     def passed(self, module: str, given: Any, output: Any) -> None:
         """Say what a module took and returned: functions of autograd are not seen as calls."""
@@ -105,8 +109,7 @@ class Recorder(TorchFunctionMode):
         output = function(*args, **kwargs)
         name = getattr(function, "__name__", type(function).__name__).strip("_")
         made = [args[0]] if name == "setitem" else [y for _, y in tensors(output)]
-        # most calls only ask for a shape
-        given = [x for _, x in tensors((args, kwargs))] if made else []
+        given = [x for _, x in tensors((args, kwargs))] if made else []  # most ask for a shape
         mine = [x for x in given if x in self._number]
         if not mine:
             return output
@@ -114,53 +117,54 @@ class Recorder(TorchFunctionMode):
             function.__name__.endswith("_") or bool(kwargs.get("inplace"))
         )
         with torch._C.DisableTorchFunction():  # other modes must not see what follows
-            call = self._call(name, mine, made[0], args, kwargs)
-            known = (
-                _output_of_weights(call, args, kwargs, made[0]) if name in ops.WEIGHTED else None
-            )
-            for y in made:
-                self._add(call, y, known)
-                computed = inplace or all(_storage(y) != _storage(x) for x in given)
-                if self._on_call is not None and y.is_floating_point() and computed:
-                    self._on_call(name, y)
+            self._note(name, mine, given, made, args, kwargs, inplace=inplace)
         return output
 
-    def _add(self, call: Call, output: torch.Tensor, known: _Output | None = None) -> None:
+    def _note(
+        self,
+        name: str,
+        mine: list[torch.Tensor],
+        given: list[torch.Tensor],
+        made: list[torch.Tensor],
+        args: Any,
+        kwargs: Any,
+        *,
+        inplace: bool,
+    ) -> None:
+        numbers = [self._number[x] for x in mine]
+        parents = [self._outputs[number] for number in numbers]
+        call, step = _call(name, mine, numbers, parents, made[0], args, kwargs)
+        if isinstance(call.operation, ops.Sum):
+            call = replace(call, parents=tuple(map(self._followed, numbers, mine)))
+        weighted = name in ops.WEIGHTED
+        known = _of_weights(call, len(self.calls), args, kwargs, made[0]) if weighted else None
+        for y in made:
+            self._add(call, y, known, step)
+            computed = inplace or all(_storage(y) != _storage(x) for x in given)
+            if self._on_call is not None and y.is_floating_point() and computed:
+                self._on_call(name, y)
+
+    def _add(
+        self,
+        call: Call,
+        output: torch.Tensor,
+        known: _Output | None = None,
+        step: Note | None = None,
+    ) -> None:
         if known is None:
             parents = [self._outputs[parent] for parent in call.parents]
             follows = not isinstance(call.operation, ops.Beyond)
+            moved = isinstance(call.operation, ops.Move | ops.Measured)
+            own = parents[0].note if moved else Note("itself", len(self.calls))
             known = _Output(
                 follows and all(parent.measures for parent in parents),
                 frozenset[int]().union(*(parent.origins for parent in parents)),
                 parents[0].units if follows else None,
+                step or own,
             )
         self._number[output] = len(self.calls)
         self._outputs.append(known)
         self.calls.append(call)
-
-    def _call(
-        self, name: str, mine: list[torch.Tensor], output: torch.Tensor, args: Any, kwargs: Any
-    ) -> Call:
-        parents = tuple(self._number[x] for x in mine)
-        if name in ops.SUMS | ops.PRODUCTS | ops.QUOTIENTS:
-            kind = "add" if name in ops.SUMS else "mul"
-            if kind == "mul" or len(mine) != 2 or "alpha" in kwargs:
-                return Call(kind, ops.arithmetic_of(name, mine, args, kwargs, output), parents)
-            if self._outputs[parents[0]].origins & self._outputs[parents[1]].origins:
-                return Call(kind, ops.Beyond("add of dependent signals"), parents)
-            known = tuple(self._followed(n, x) for n, x in zip(parents, mine, strict=True))
-            return Call(kind, ops.Sum(), known)
-        x = ops.argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
-        operation = ops.operation_of(name, args, kwargs)
-        if name in ops.WEIGHTED | {"layer_norm", "rms_norm"}:
-            units = self._outputs[parents[0]].units
-            if len(mine) > 1 or mine[0] is not x:
-                operation = ops.Beyond(f"{name} with weights from the input")
-            elif units not in (None, x.shape[1 if name in ops.CONVOLUTIONS else -1]):
-                operation = ops.Beyond(f"{name} over positions")
-        if name in ops.RESHAPES and _merges_positions(mine[0], output):
-            operation = ops.Beyond("flatten of positions")
-        return Call(name, operation, parents)
 
     def _followed(self, number: int, x: torch.Tensor) -> int:
         """The number of a call whose mean squares are known: this one, or its measurement."""
@@ -172,10 +176,105 @@ class Recorder(TorchFunctionMode):
         return len(self.calls) - 1
 
 
-def _output_of_weights(call: Call, args: Any, kwargs: Any, y: torch.Tensor) -> _Output:
+def _call(
+    name: str,
+    mine: list[torch.Tensor],
+    numbers: list[int],
+    parents: list[_Output],
+    output: torch.Tensor,
+    args: Any,
+    kwargs: Any,
+) -> tuple[Call, Note | None]:
+    """A call on signals, and the step of a normalization that its output is."""
+    step = note(name, [parent.note for parent in parents], args, kwargs, output)
+    if isinstance(step, ops.Normalize):  # written out by hand
+        return Call(step.kind, step, (parents[0].note.base,)), None
+    function = "add" if name in ops.SUMS else name
+    function = "mul" if name in ops.PRODUCTS | ops.QUOTIENTS else function
+    operation = _read(name, mine, parents, output, args, kwargs)
+    return Call(function, operation, tuple(numbers)), step
+
+
+def _of_weights(call: Call, number: int, args: Any, kwargs: Any, y: torch.Tensor) -> _Output:
     origin = ops.weight_of(call.function, args, kwargs).untyped_storage().data_ptr()
     units = y.shape[1 if call.function in ops.CONVOLUTIONS else -1]
-    return _Output(not isinstance(call.operation, ops.Beyond), frozenset({origin}), units)
+    follows = not isinstance(call.operation, ops.Beyond)
+    return _Output(follows, frozenset({origin}), units, Note("itself", number))
+
+
+def _read(
+    name: str,
+    mine: list[torch.Tensor],
+    parents: list[_Output],
+    output: torch.Tensor,
+    args: Any,
+    kwargs: Any,
+) -> ops.Operation:
+    """The operation of a call on signals from outputs of which this is known."""
+    if name in ops.SUMS | ops.PRODUCTS | ops.QUOTIENTS:
+        if name not in ops.SUMS or len(mine) != 2 or "alpha" in kwargs:
+            return ops.arithmetic_of(name, mine, args, kwargs, output)
+        dependent = parents[0].origins & parents[1].origins
+        return ops.Beyond("add of dependent signals") if dependent else ops.Sum()
+    x = ops.argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
+    if name in ops.WEIGHTED | {"layer_norm", "rms_norm"}:
+        if len(mine) > 1 or mine[0] is not x:
+            return ops.Beyond(f"{name} with weights from the input")
+        if parents[0].units not in (None, x.shape[1 if name in ops.CONVOLUTIONS else -1]):
+            return ops.Beyond(f"{name} over positions")
+    if name in ops.RESHAPES and _merges_positions(mine[0], output):
+        return ops.Beyond("flatten of positions")
+    if name in ("cat", "concat", "stack"):
+        joins = len(list(tensors((args, kwargs)))) > len(mine)
+        return ops.Beyond(f"{name} with a constant" if joins else name, joins=joins)
+    return ops.operation_of(name, args, kwargs)
+
+
+def inputs_of(
+    model: nn.Module, given: Any, samples: int
+) -> Iterator[tuple[ops.Input, torch.Tensor]]:
+    """Every tensor among a model's arguments (args, kwargs), described for a record."""
+    args, kwargs = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    except (TypeError, ValueError):
+        named = []
+    args = args if isinstance(args, list | tuple) else (args,)
+    names = [*named[: len(args)], *(f"argument {n}" for n in range(len(named), len(args)))]
+    for name, value in (*zip(names, args, strict=False), *dict(kwargs).items()):
+        for where, x in tensors(value):
+            yield _described(f"{name}{where}", x, samples), x
+
+
+def _described(name: str, x: torch.Tensor, samples: int) -> ops.Input:
+    if x.layout is not torch.strided or x.is_complex() or x.ndim == 0 or len(x) != samples:
+        return ops.Input(name, varies=x.ndim > 0)
+    varies = samples < 2 or not bool((x == x[:1]).all())
+    padding = _padding(x) if varies and x.ndim in (2, 3) and x.shape[1] > 3 else 0.0
+    measured = None
+    if x.is_floating_point() and samples > 1 and bool(x.isfinite().all()):
+        z = x.flatten(1).double()
+        sigma2, mean = float(z.square().mean()), float(z.mean().square())
+        variance = float(z.var(0).mean())
+        measured = ops.Measured(sigma2, sigma2 - variance, mean)
+    return ops.Input(name, varies, measured, padding)
+
+
+def _padding(x: torch.Tensor) -> float:
+    """Fraction of positions in runs of one value, the same for all inputs, at one of their ends.
+
+    Of tokens (inputs, positions), or of features (inputs, positions, features) that are 0.
+    """
+    if x.ndim == 2 and x.is_floating_point():
+        return 0.0
+    found = []
+    for ends in (x, x.flip(1)):
+        value = ends[:, -1:].flatten().mode().values if x.ndim == 2 else 0
+        same = ends == value if x.ndim == 2 else (ends == 0).all(2)
+        found.append(float(same.flip(1).cummin(1).values.double().mean()))
+    return max(found)
 
 
 def _merges_positions(x: torch.Tensor, output: torch.Tensor) -> bool:

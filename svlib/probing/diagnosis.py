@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -16,35 +16,19 @@ from svlib.probing import along
 from svlib.probing import operations as ops
 from svlib.probing.along import GRADIENTS
 from svlib.probing.calls import Call
+from svlib.probing.faults import COLLAPSED, SCALE, Finding, faults
+from svlib.probing.graph import Graph
 from svlib.probing.probe import measure
 from svlib.probing.rows import Layers
 
-COLLAPSED = 0.1
-"""v^2/sigma^2 below which a layer counts as collapsed."""
-SCALE = 100.0
-"""Factor between the sigma^2 of rows, with no normalization between them, that is reported."""
 CENTRED = 0.05
 """m^2/sigma^2, in the median of rows, below which sample means count as removed."""
-BIAS = 0.5
-"""Part of a collapsed first row's m^2 that its bias accounts for, from which the bias is named."""
-DEAD = 0.25
-"""Fraction of dead units before a ReLU that is reported."""
 DEVIATION = 0.1
 """Difference in v^2/sigma^2 between theory and measurement that is reported."""
 
+_FINDINGS = 3  # the worst faults and notes, the last of them on theory
 _UNFOLDED = 12  # rows that a notebook shows without a click
 _SHOWN = ["name", "type", "fraction", "theory", "m2", "v2", "sigma2", "ratio", "dead"]
-
-
-class Finding(NamedTuple):
-    """One sentence of a diagnosis: its kind, what was found, what to do about it (may be empty)."""
-
-    kind: str
-    text: str
-    advice: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.text}{' ' + self.advice if self.advice else ''}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,123 +92,34 @@ def explain(
     """
     table, calls = measure(model, batches, layers, positions, record=True)
     theory = along.theory(table, calls, units=positions == "units")
-    some = table[table.sigma2 > 0].reset_index(drop=True)
-    findings = _zero(table)
-    if len(some):
-        for part in (_scale, _collapse, _dead):
-            findings += part(some, calls)
-        if not findings:
-            lowest = int(some.fraction.to_numpy().argmin())
-            between = " between normalizations" if _normalized(calls) else ""
-            text = f"v²/σ² is nowhere below {some.fraction[lowest]:.3g} ({some.name[lowest]!r}), "
-            findings.append(
-                Finding("sound", f"{text}and σ² changes less than {SCALE:g} times{between}.")
-            )
-        for part in (_dropout, _batchnorm, _gradients):
-            findings += part(some, calls)
-    return Explanation(table, theory, (*findings, *_agreement(table, theory)), calls)
+    graph = Graph(table, calls)
+    wrong = faults(graph, table)
+    if not any(finding.kind != "absolute scale" for finding in wrong):
+        wrong = [*wrong, _sound(graph, calls)]
+    notes = [*_gradients(table, calls), *_dropout(calls), *_batchnorm(table, calls)]
+    findings = [*wrong, *notes][: _FINDINGS - 1]
+    return Explanation(table, theory, (*findings, _agreement(table, theory)), calls)
+
+
+def _sound(graph: Graph, calls: Sequence[Call]) -> Finding:
+    """What was looked at and found right; nothing is said of the rest."""
+    varying = [place for n, place in graph.places.items() if graph.varies[n] and place.sigma2 > 0]
+    # what has collapsed and is no fault is taken away behind: by BatchNorm, or a larger stream
+    standing = [place for place in varying if place.fraction >= COLLAPSED]
+    if not standing:
+        return Finding("no verdict", "no row that could be judged depends on an input that varies.")
+    lowest = min(standing, key=lambda place: place.fraction)
+    between = " between normalizations" if _normalized(calls) else ""
+    text = f"v²/σ² is nowhere below {lowest.fraction:.3g} ({lowest.name!r}) on a way to the "
+    text += f"output, and σ² changes less than {SCALE:g} times{between}. "
+    return Finding("sound", f"{text}Gradients were not measured (sv.probe_gradients does).")
 
 
 def _normalized(calls: Sequence[Call]) -> bool:
     return any(call.function in ops.NORMS for call in calls)
 
 
-def _zero(table: pd.DataFrame) -> list[Finding]:
-    names = table.name[~(table.sigma2 > 0)].tolist()
-    if not names:
-        return []
-    others = f" and {len(names) - 1} other rows" if names[1:] else ""
-    advice = "Last layers set to 0 on purpose are no fault; others pass nothing on."
-    return [Finding("no signal", f"σ² is 0 at {names[0]!r}{others}.", advice)]
-
-
-def _scale(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
-    """Rows are compared with the first of those that have as many normalizations before them."""
-    norms: list[int] = []
-    for call in calls:
-        before = max((norms[parent] for parent in call.parents), default=0)
-        norms.append(before + _normalized([call]))
-    passed = {call.row: count for call, count in zip(calls, norms, strict=True)}
-    sigma2 = table.sigma2.to_numpy()
-    start: dict[int, int] = {}
-    first = [start.setdefault(passed.get(name, 0), row) for row, name in enumerate(table.name)]
-    factors = sigma2 / sigma2[first]
-    extremes = {
-        "explosion": (int(factors.argmax()), factors.max()),
-        "loss of scale": (int(factors.argmin()), 1 / factors.min()),
-    }
-    between = ", with no normalization between" if _normalized(calls) else ""
-    found = []
-    for kind, (row, factor) in extremes.items():
-        if factor > SCALE:
-            begin = first[row]
-            text = f"σ² goes from {sigma2[begin]:.2g} at {table.name[begin]!r} "
-            text += f"to {sigma2[row]:.2g} at {table.name[row]!r}{between}."
-            found.append(Finding(kind, text, "sv.init.total_ sets σ² to 1 in every layer."))
-    return found
-
-
-def _collapse(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
-    names, fractions = table.name.tolist(), table.fraction.to_numpy()
-    below = [row for row, fraction in enumerate(fractions) if fraction < COLLAPSED]
-    if not below:
-        return []
-    row = below[0]
-    if row == 0:
-        return [_collapsed_start(table, calls)]
-    text = f"v²/σ² falls from {fractions[0]:.2g} at {names[0]!r} to {fractions[row]:.2g} "
-    text += f"at {names[row]!r} (row {row + 1} of {len(names)})"
-    lowest = int(fractions.argmin())
-    text += f", lowest {fractions[lowest]:.2g} at {names[lowest]!r}. " if lowest != row else ". "
-    if fractions[-1] < COLLAPSED:
-        text += f"The last row has {fractions[-1]:.2g}, m/v = {table.ratio.iloc[-1]:.2g}: "
-        text += "the sample mean takes over, inputs look alike."
-    else:
-        text += f"In all {len(below)} rows are below {COLLAPSED}; "
-        text += f"the last is not ({fractions[-1]:.2g})."
-    advice = "sv.init.sample_ removes the means; so does BatchNorm. "
-    advice += "Rescaling alone (sv.init.total_) does not undo the effect of ReLU; "
-    advice += "it helps where biases or tokens outweigh a signal that has faded."
-    return [Finding("collapse", text, advice)]
-
-
-def _collapsed_start(table: pd.DataFrame, calls: Sequence[Call]) -> Finding:
-    text = f"at the first layer v²/σ² is {table.fraction[0]:.2g}"
-    first = next((call.operation for call in calls if call.row == table.name[0]), None)
-    if isinstance(first, ops.Weights) and first.bias.square > BIAS * table.m2[0]:
-        text += ": its bias is larger than its product of weights and inputs."
-        return Finding("collapse", text, "Start with biases of 0.")
-    text += ": the inputs are nearly alike, or have a large mean."
-    advice = "Subtract the mean of the inputs over the data before anything else."
-    return Finding("collapse", text, advice)
-
-
-def _dead(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
-    feeds = set()
-    for call in calls:
-        if call.operation == ops.Relu():
-            source = calls[call.parents[0]]
-            while source.row is None and _keeps_signs(source):
-                source = calls[source.parents[0]]
-            feeds.add(source.row)
-    fractions = dict(zip(table.name, table.dead.astype(float), strict=True))
-    many = {name: dead for name, dead in fractions.items() if name in feeds and dead > DEAD}
-    if not many:
-        return []
-    worst = max(many, key=many.__getitem__)
-    text = f"{many[worst]:.0%} of the units of {worst!r}, before a ReLU, are positive for no input"
-    text += f" ({len(many)} of {len(table)} layers above {DEAD:.0%})."
-    advice = "They pass nothing on. With sv.init.sample_ every unit of a layer with a bias has "
-    advice += "inputs on either side of 0."
-    return [Finding("dead units", text, advice)]
-
-
-def _keeps_signs(call: Call) -> bool:
-    kept = isinstance(call.operation, ops.Move | ops.Dropout)
-    return kept or call.function.startswith("max_pool")
-
-
-def _dropout(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
+def _dropout(calls: Sequence[Call]) -> list[Finding]:
     kept = [call.operation.keep for call in calls if isinstance(call.operation, ops.Dropout)]
     if min(kept, default=1.0) == 1:
         return []
@@ -236,9 +131,11 @@ def _batchnorm(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
     if not any(map(along.uses_batch_statistics, calls)) or len(table) < 2:
         return []
     median = table.ratio.iloc[1:].median()
-    stops = "it stops the decay: " if (table.fraction >= COLLAPSED).all() else ""
-    text = f"in training mode, {stops}m/v is {median:.2g} in the median of rows; "
-    text += f"behind BatchNorm and ReLU theory has {math.sqrt(1 / (math.pi - 1)):.3f}."
+    relu = any(isinstance(call.operation, ops.Relu) for call in calls)
+    stops = "it stops the decay: " if relu and (table.fraction >= COLLAPSED).all() else ""
+    text = f"in training mode, {stops}m/v is {median:.2g} in the median of rows"
+    expected = math.sqrt(1 / (math.pi - 1))
+    text += f"; behind BatchNorm and ReLU theory has {expected:.3f}." if relu else "."
     return [Finding("BatchNorm", text)]
 
 
@@ -254,12 +151,12 @@ def _gradients(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
     return [Finding("gradients", text, advice)]
 
 
-def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> list[Finding]:
+def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> Finding:
     starts = Counter(why for why in theory.start if why not in ("", "input", "no theory"))
     causes = ", ".join(f"{why} ({count})" for why, count in starts.most_common(4))
     followed = (theory.start == "") & (table.sigma2 > 0)
     if not followed.any():
-        return [Finding("theory", f"follows no row; it stops at {causes or 'the first'}.")]
+        return Finding("theory", f"follows no row; it stops at {causes or 'the first'}.")
     compared = table[["name", "fraction"]].assign(expected=theory.fraction)[followed]
     compared["difference"] = (compared.expected - compared.fraction).abs()
     last, worst = compared.iloc[-1], compared.sort_values("difference").iloc[-1]
@@ -267,9 +164,9 @@ def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> list[Finding]:
     text = f"follows {len(compared)} of {len(table)} rows{anew}. At {last['name']!r} it expects "
     text += f"v²/σ² = {last.expected:.2g}, measured {last.fraction:.2g}."
     if worst.difference <= DEVIATION:
-        return [Finding("theory", text)]
+        return Finding("theory", text)
     text += f" They differ most at {worst['name']!r}: expected {worst.expected:.2g}, "
     text += f"measured {worst.fraction:.2g}."
     reasons = "Theory knows wide layers, random weights and one correlation for all pairs of "
     reasons += "inputs and positions; narrow layers, trained or calibrated weights and structured "
-    return [Finding("theory", text, f"{reasons}data depart from it.")]
+    return Finding("theory", text, f"{reasons}data depart from it.")

@@ -6,6 +6,7 @@ Each holds the numbers that theory needs: mean squares of weights and constants.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -15,12 +16,15 @@ import torch
 
 CONVOLUTIONS = frozenset(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3))
 WEIGHTED = CONVOLUTIONS | {"linear", "addmm"}
-NORMS = frozenset({"batch_norm", "layer_norm", "rms_norm"})
+NORMS = frozenset(
+    {"batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "normalize"}
+)
+SATURATING = frozenset({"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign", "erf"})
 
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"})
 _TURNS = frozenset({"transpose", "permute", "movedim", "contiguous", "clone", "detach", "get"})
 _CASTS = frozenset({"to", "float", "double"})
-_MOVES = RESHAPES | _TURNS | _CASTS
+MOVES = RESHAPES | _TURNS | _CASTS
 SUMS = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub"})
 PRODUCTS = frozenset({"mul", "imul", "rmul"})
 QUOTIENTS = frozenset({"div", "truediv", "itruediv"})
@@ -37,8 +41,26 @@ _NONE = Constant()
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A measurement of its parent: mean square, mean product of two inputs, squared mean."""
+
+    sigma2: float
+    m2: float
+    mean2: float
+
+
+@dataclass(frozen=True)
 class Input:
-    """An input of the model."""
+    """An input of the model: its name, and whether it differs between the inputs of the batch.
+
+    ``measured`` are its mean squares, if it holds floating-point numbers; ``padding`` is the
+    fraction of its entries that lie in runs of one value at the ends of the inputs.
+    """
+
+    name: str = ""
+    varies: bool = True
+    measured: Measured | None = None
+    padding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,19 +127,16 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A measurement of its parent: mean square, mean product of two inputs, squared mean."""
-
-    sigma2: float
-    m2: float
-    mean2: float
-
-
-@dataclass(frozen=True)
 class Beyond:
-    """Theory does not follow; ``why`` is a noun that completes "theory starts anew behind"."""
+    """Theory does not follow; ``why`` is a noun that completes "theory starts anew behind".
+
+    ``rectifies`` says that negative entries become 0, ``joins`` that a constant is put beside the
+    signal.
+    """
 
     why: str
+    rectifies: bool = False
+    joins: bool = False
 
 
 Operation = (
@@ -140,7 +159,7 @@ def operation_of(name: str, args: Any, kwargs: Any) -> Operation:
     argument = partial(argument_of, args, kwargs)
     if name in WEIGHTED:
         return _weights(name, args, kwargs)
-    if name in _MOVES:
+    if name in MOVES:
         return Move()
     if name == "relu":
         return Relu()
@@ -158,7 +177,23 @@ def operation_of(name: str, args: Any, kwargs: Any) -> Operation:
     if name == "rms_norm":
         eps = float(argument(3, "eps") or 0.0)
         return Normalize("rms_norm", _mean_square(argument(2, "weight"), 1.0), eps=eps)
-    return Beyond(name)
+    return Beyond(name, rectifies=_rectifies(name, argument))
+
+
+def _rectifies(name: str, argument: Callable[..., Any]) -> bool:
+    """Whether negative entries become 0: then units that are never positive pass nothing."""
+    if name == "relu6":
+        return True
+    if name == "hardtanh":
+        return bool(argument(1, "min_val", -1.0) == 0)
+    if name == "threshold":
+        return bool(argument(2, "value") == 0 and argument(1, "threshold") >= 0)
+    if name in ("clamp", "clip", "clamp_min"):
+        return bool(argument(1, "min") == 0)
+    if name in ("maximum", "max"):
+        other = argument(1, "other")
+        return isinstance(other, torch.Tensor) and not bool(other.any())
+    return False
 
 
 def _weights(name: str, args: Any, kwargs: Any) -> Weights:
@@ -196,7 +231,8 @@ def arithmetic_of(
     if "alpha" in kwargs or "rounding_mode" in kwargs:
         return Beyond(f"{kind} with options")
     if len(mine) == 2:
-        return Beyond(f"{kind} of two signals")
+        masked = any(x.dtype == torch.bool for x in mine)  # as in y * (y > 0)
+        return Beyond(f"{kind} of two signals", rectifies=masked and kind == "mul")
     others = [x for x in (*args, *kwargs.values()) if x is not mine[0]]
     constant = others[0] if others else None
     inverse = name in QUOTIENTS and constant is args[0]

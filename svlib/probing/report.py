@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 from svlib import plot
-from svlib.probing import diagnosis
+from svlib.probing import diagnosis, faults
 from svlib.probing.along import GRADIENTS
 
 _PAGE = """<!doctype html>
@@ -85,9 +85,9 @@ def page(
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
     thresholds = (
-        f"A layer has collapsed where v&sup2;/&sigma;&sup2; is below {diagnosis.COLLAPSED}. "
-        f"Reported are also &sigma;&sup2; changing {diagnosis.SCALE:g} times, more than "
-        f"{diagnosis.DEAD:.0%} of dead units before a ReLU, squared gradients growing "
+        f"A layer has collapsed where v&sup2;/&sigma;&sup2; is below {faults.COLLAPSED}. "
+        f"Reported are also &sigma;&sup2; changing {faults.SCALE:g} times, more than "
+        f"{faults.DEAD:.0%} of dead units before a ReLU, squared gradients growing "
         f"{GRADIENTS:g} times, and v&sup2;/&sigma;&sup2; differing from theory by more "
         f"than {diagnosis.DEVIATION}."
     )

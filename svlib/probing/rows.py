@@ -28,7 +28,7 @@ from torch import nn
 
 from svlib import _check
 from svlib.moments import Moments
-from svlib.probing.calls import Call, Recorder
+from svlib.probing.calls import Call, Recorder, inputs_of
 from svlib.probing.models import (
     Dimensions,
     MergedInputsError,
@@ -194,7 +194,9 @@ class Pass:
                 stack.enter_context(hooked(weighted_layers(self._model), self._after_layer))
             if everything or record:
                 on_call = self._after_call if everything else None
-                self._recorder = Recorder(given, self._measure, on_call)
+                with torch._C.DisableTorchFunction():  # other modes must not see this
+                    inputs = list(inputs_of(self._model, given, self._samples))
+                self._recorder = Recorder(inputs, self._measure, on_call)
                 stack.enter_context(self._recorder)
             yield
         self.calls = tuple(self._recorder.calls) if self._recorder is not None else ()
