@@ -428,3 +428,15 @@ def test_nothing_is_said_of_relu_where_there_is_none() -> None:
     model = sv.networks.mlp(8, width=50, depth=4, outputs=5, batchnorm=True, seed=0)
     tanh = nn.Sequential(*(nn.Tanh() if isinstance(m, nn.ReLU) else m for m in model))
     assert "ReLU" not in str(sv.explain(tanh, X))
+
+
+def test_a_collapse_of_directions_is_seen_where_lengths_keep_the_variance() -> None:
+    deep = sv.networks.mlp(64, width=64, depth=100, outputs=10, seed=0)
+    explanation = sv.explain(deep, gaussian(500, 64))
+    assert explanation.table.fraction.iloc[40] > 0.1
+    y = deep[:81](gaussian(500, 64)).detach().double()  # layer 40
+    unit = y / y.norm(dim=1, keepdim=True)
+    by_hand = float((unit @ unit.T).sum() - 500) / (500 * 499)
+    assert explanation.table.cosine.iloc[40] == pytest.approx(by_hand, rel=1e-6)
+    assert str(explanation.findings[0]).startswith("collapse: ")
+    assert "ReLU" in str(explanation.findings[0])

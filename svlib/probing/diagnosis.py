@@ -36,7 +36,8 @@ class Explanation:
     """A measurement with its theory and its diagnosis; in a notebook it shows all three.
 
     Attributes:
-        table: The table of :func:`svlib.probe`.
+        table: The table of :func:`svlib.probe`, and ``cosine``, the mean cosine between two inputs
+            (NaN where positions count as samples), which tells directions from lengths.
         theory: For each of its rows ``name``, ``m2``, ``v2``, ``sigma2`` and ``fraction`` expected
             (NaN where theory is silent), and ``start``: empty, or why theory starts from the
             measured values at this row.
@@ -90,7 +91,7 @@ def explain(
         >>> print(explanation.theory.fraction.round(2).iloc[[0, 1, 29]].tolist())
         [1.0, 0.68, 0.03]
     """
-    table, calls = measure(model, batches, layers, positions, record=True)
+    table, calls = measure(model, batches, layers, positions, record=True, directions=True)
     theory = along.theory(table, calls, units=positions == "units")
     graph = Graph(table, calls)
     wrong = faults(graph, table)

@@ -17,12 +17,15 @@ from svlib.probing import operations as ops
 from svlib.probing.calls import Call
 
 
+_DIRECTIONS = 16  # units below which a mean cosine says little
+
+
 @dataclass(frozen=True)
 class Place:
     """A judged row: the number of its call, its name and line in the table, and its values.
 
-    ``scale`` is sigma^2 times the constants that multiply the output next. ``fraction`` is the
-    smaller one of v^2/sigma^2 and, where it was measured, of one minus the mean cosine.
+    ``scale`` is sigma^2 times the constants that multiply the output next. ``spread`` is
+    v^2/sigma^2, ``fraction`` the smaller one of it and, where measured, of 1 minus the mean cosine.
     """
 
     number: int
@@ -30,6 +33,7 @@ class Place:
     line: int
     m2: float
     sigma2: float
+    spread: float
     fraction: float
     scale: float
     ratio: float
@@ -155,8 +159,9 @@ def _is_signal(call: Call) -> bool:
 
 def _place(graph: Graph, table: pd.DataFrame, line: int, number: int) -> Place:
     row = table.iloc[line]
-    fraction = float(row.fraction)
-    if "cosine" in table and math.isfinite(row.cosine):
+    fraction = spread = float(row.fraction)
+    wide = math.prod(row["shape"]) >= _DIRECTIONS
+    if wide and "cosine" in table and math.isfinite(row.cosine):
         fraction = min(fraction, 1 - float(row.cosine))
     sigma2 = float(row.sigma2)
     scale, at = sigma2, number
@@ -167,4 +172,6 @@ def _place(graph: Graph, table: pd.DataFrame, line: int, number: int) -> Place:
             break
         scale *= operation.scale2 if isinstance(operation, ops.Affine) else 1.0
     name = str(row["name"])
-    return Place(number, name, line, float(row.m2), sigma2, fraction, scale, float(row.ratio))
+    return Place(
+        number, name, line, float(row.m2), sigma2, spread, fraction, scale, float(row.ratio)
+    )

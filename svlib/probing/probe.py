@@ -27,10 +27,20 @@ from svlib.probing.rows import Layers, Pass, Rows
 
 
 def measure(
-    model: nn.Module, batches: Any, layers: Layers, positions: str, *, record: bool
+    model: nn.Module,
+    batches: Any,
+    layers: Layers,
+    positions: str,
+    *,
+    record: bool,
+    directions: bool = False,
 ) -> tuple[pd.DataFrame, tuple[Call, ...]]:
-    """The table of :func:`probe` and, with ``record``, the calls of the first batch."""
-    rows = Rows(layers, positions)
+    """The table of :func:`probe` and, with ``record``, the calls of the first batch.
+
+    With ``directions`` there is a column ``cosine``, the mean cosine of two inputs, NaN where
+    positions count as samples.
+    """
+    rows = Rows(layers, positions, directions=directions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     weighted = weighted_layers(model) if layers is None else {}

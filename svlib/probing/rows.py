@@ -14,6 +14,7 @@ Without positions the two agree.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,17 +47,38 @@ POSITIONS = ("samples", "units")
 
 
 class _Row:
-    """The moments of one row of the table."""
+    """The moments of one row of the table and, on request, the mean cosine of two inputs."""
 
-    def __init__(self, kind: str, y: torch.Tensor, dims: Dimensions, positions: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        y: torch.Tensor,
+        dims: Dimensions,
+        positions: str,
+        *,
+        directions: bool = False,
+    ) -> None:
         self.kind, self.shape, self._flat = kind, tuple(y.shape[1:]), positions == "units"
         self.moments = Moments(*((0, 1, ()) if self._flat else dims))
+        self._directions = directions and (self._flat or not dims[2])
+        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0  # of unit vectors
 
     def update(self, y: torch.Tensor) -> None:
-        self.moments.update(y.flatten(1) if self._flat else y)
+        y = y.flatten(1) if self._flat else y
+        self.moments.update(y)
+        if self._directions:
+            unit = nn.functional.normalize(y.double(), dim=1)
+            self._count += int((unit != 0).any(1).sum())
+            self._sum = self._sum + unit.sum(0).cpu()
+
+    def cosine(self) -> float:
+        """Mean cosine between two different inputs, of those that are not 0."""
+        n = self._count
+        return (float(self._sum.square().sum()) - n) / (n * (n - 1)) if n > 1 else math.nan
 
     def values(self) -> dict[str, Any]:
         found = self.moments.result()
+        cosine = {"cosine": self.cosine()} if self._directions else {}
         return {
             "type": self.kind,
             "shape": self.shape,
@@ -67,7 +89,7 @@ class _Row:
             "ratio": float(found.ratio),
             "dead": float((found.largest <= 0).mean()),
             "samples": found.samples,
-        }
+        } | cosine
 
 
 class _LeftOut(NamedTuple):
@@ -84,9 +106,9 @@ class Rows:
     and the caller decides what is an error.
     """
 
-    def __init__(self, layers: Layers, positions: str) -> None:
+    def __init__(self, layers: Layers, positions: str, *, directions: bool = False) -> None:
         _check.choice("positions", positions, POSITIONS)
-        self.positions = positions
+        self.positions, self._directions = positions, directions
         self._chosen = _selection(layers)
         self._rows: dict[str, _Row] = {}
         self.left_out: dict[str, _LeftOut] = {}
@@ -100,7 +122,8 @@ class Rows:
     ) -> bool:
         """Add an output of a module or of a function to its row; False if it has none."""
         if name not in self._rows:
-            self._rows[name] = _Row(kind, y, dims, self.positions)
+            directions = self._directions
+            self._rows[name] = _Row(kind, y, dims, self.positions, directions=directions)
         try:
             self._rows[name].update(y)
         except ValueError as error:
