@@ -222,7 +222,7 @@ def _collapse(graph: Graph) -> Iterator[Fault]:
     cause, share, advice, culprit = _cause(graph, way)
     first = graph.places[way[0]]
     text = f"v²/σ² is {max(place.fraction, 0):.2g} at {place.name!r}"
-    if place.spread > place.fraction:  # lengths alone keep v^2
+    if place.spread >= COLLAPSED:  # lengths alone keep v^2
         text = f"inputs differ in length alone at {place.name!r} (mean cosine "
         text += f"{1 - place.fraction:.3f}; v²/σ² is {place.spread:.2g})"
     if first is not place:

@@ -16,7 +16,6 @@ import pandas as pd
 from svlib.probing import operations as ops
 from svlib.probing.calls import Call
 
-
 _DIRECTIONS = 16  # units below which a mean cosine says little
 
 
