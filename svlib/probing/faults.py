@@ -32,7 +32,7 @@ SATURATED = 9.0
 PADDED = 0.2
 """Fraction of padding in an input that is reported."""
 LARGE = 65504.0 / 8
-"""sigma, or one over sigma, that is reported: float16 ends at 65504."""
+"""Size of preactivations, or one over it, that is reported. Float16 ends at 65504."""
 
 
 _PICKS = frozenset({"getitem", "split", "chunk", "narrow", "select", "unbind"})

@@ -1,0 +1,205 @@
+"""The longer runs of chapter 5 beside the paper's curves."""
+
+from __future__ import annotations
+
+import pandas as pd
+import svlib as sv
+import xarray as xr
+from matplotlib.axes import Axes
+from svlib.experiments.comparison import (
+    at_rates,
+    best_rates,
+    mean_loss,
+    ratio,
+)
+
+import claims
+from runs import PAIRS, TITLES
+
+TASKS = {"cifar10": "ALLCNN-C", "micrographs": "UNET"}
+MOMENTS = {"cifar10": (5_000, 20_000), "micrographs": (5_000, 10_000)}
+BINS = 40  # of a curve
+NEAR = 500  # iterations on either side of a moment, as far as there are
+
+
+def load(task: str) -> xr.DataArray:
+    """Losses (initialization, seed, iteration), each initialization at its own rate."""
+    folder = claims.RESULTS / "overnight"
+    parts = []
+    for kind in TITLES:
+        path = folder / f"length-{task}-{kind}.nc"
+        record = xr.load_dataset(path, engine="scipy")
+        rate = float(record.learning_rate[0])
+        one = record.loss.isel(learning_rate=0, drop=True)
+        parts.append(one.assign_coords(rate=("initialization", [rate])))
+    joined: xr.DataArray = xr.concat(
+        parts, "initialization", join="inner"
+    )
+    return joined
+
+
+def paper() -> pd.DataFrame:
+    """The curves of the paper's figure, read off: task, initialization, iteration, loss."""
+    table = pd.read_csv(claims.RESULTS / "paper-learning-curves.csv")
+    names = {title: kind for kind, title in TITLES.items()}
+    tasks = {name: task for task, name in TASKS.items()}
+    return table.assign(
+        task=table.network.map(tasks),
+        initialization=table.init.map(names),
+    )
+
+
+def binned(losses: xr.DataArray) -> xr.DataArray:
+    """Means over windows of equal length."""
+    size = losses.sizes["iteration"] // BINS
+    return losses.coarsen(iteration=size, boundary="trim").mean()
+
+
+def draw_losses(losses: xr.DataArray, task: str, axes: Axes) -> None:
+    """Our curves, seed by seed averaged, and the paper's points."""
+    curves, read = binned(losses), paper()
+    for index, (kind, title) in enumerate(TITLES.items()):
+        look = sv.plot.look(index)
+        mine = curves.sel(initialization=kind)
+        axes.plot(
+            mine.iteration,
+            mine.mean("seed"),
+            label=title,
+            **look,
+            markevery=8,
+        )
+        theirs = read[
+            (read.task == task) & (read.initialization == kind)
+        ]
+        axes.scatter(
+            theirs.iteration, theirs.loss, s=14, color=look["color"]
+        )
+    axes.set(xscale="log", yscale="log", ylabel="training loss")
+
+
+def draw_ratios(losses: xr.DataArray, task: str, axes: Axes) -> None:
+    """Ratios of losses paired over seeds, with the range of the seeds, and the paper's."""
+    curves, read = binned(losses), paper()
+    theirs = read[read.task == task].pivot(
+        index="iteration", columns="initialization", values="loss"
+    )
+    for index, (a, b) in enumerate(PAIRS):
+        look = sv.plot.look(index + 3)
+        each = curves.sel(initialization=a) / curves.sel(
+            initialization=b
+        )
+        label = f"{TITLES[a]} / {TITLES[b]}"
+        axes.plot(
+            each.iteration,
+            each.mean("seed"),
+            label=label,
+            **look,
+            markevery=8,
+        )
+        axes.fill_between(
+            each.iteration,
+            each.min("seed"),
+            each.max("seed"),
+            color=look["color"],
+            alpha=0.25,
+            linewidth=0,
+        )
+        points = (theirs[a] / theirs[b]).dropna()
+        axes.scatter(points.index, points, s=14, color=look["color"])
+    axes.axhline(1, color=sv.plot.GREY, linewidth=1)
+    axes.set(xscale="log", xlabel="iteration", ylabel="ratio of losses")
+
+
+def at(losses: xr.DataArray, moment: int) -> xr.DataArray:
+    """Mean losses about a moment, of the last iterations at the end."""
+    near = losses.iteration
+    return losses[
+        ..., (near >= moment - NEAR) & (near < moment + NEAR)
+    ].mean("iteration")
+
+
+def ratios() -> pd.DataFrame:
+    """Ratios at the moments that the paper's figure is read at, with 95 % intervals."""
+    rows, read = [], paper()
+    for task, moments in MOMENTS.items():
+        losses = load(task)
+        for moment in moments:
+            theirs = read[
+                (read.task == task) & (read.iteration == moment)
+            ]
+            loss = theirs.set_index("initialization").loss
+            for a, b in PAIRS:
+                found = ratio(at(losses, moment), a, b)
+                rows.append(
+                    {
+                        "task": task,
+                        "iteration": moment,
+                        "above": a,
+                        "below": b,
+                        "ratio": float(found.ratio),
+                        "low": float(found.low),
+                        "high": float(found.high),
+                        "error": float(found.error),
+                        "paper": loss[a] / loss[b],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def lines(table: pd.DataFrame) -> list[tuple[str, ...]]:
+    """The rows of :func:`ratios` in words."""
+    names = {"cifar10": "CIFAR-10", "micrographs": "micrographs"}
+    return [
+        (
+            names[str(row.task)],
+            f"{row.iteration:,}",
+            f"{TITLES[str(row.above)]} / {TITLES[str(row.below)]}",
+            f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})",
+            f"{row.paper:.2f}",
+        )
+        for row in table.itertuples()
+    ]
+
+
+def rates() -> pd.DataFrame:
+    """Losses of the rates that were tried first: the mean over the last tenth."""
+    rows = []
+    for path in sorted(
+        (claims.RESULTS / "overnight").glob("rates-*.nc")
+    ):
+        record = xr.load_dataset(path, engine="scipy")
+        task = "CIFAR-10" if "cifar10" in path.name else "micrographs"
+        for kind in record.initialization.values:
+            losses = mean_loss(record).sel(initialization=kind, seed=0)
+            for rate in losses.learning_rate.values:
+                loss = float(losses.sel(learning_rate=rate))
+                rows.append(
+                    (task, TITLES[str(kind)], float(rate), loss)
+                )
+    names = ["task", "initialization", "learning rate", "loss"]
+    table = pd.DataFrame(rows, columns=names)
+    return table.pivot(index=names[:2], columns=names[2], values="loss")
+
+
+def sixteen() -> xr.Dataset:
+    """Total over sample init on micrographs, sixteen seeds, each at its better rate."""
+    path = claims.RESULTS / "overnight" / "tie-micrographs.nc"
+    losses = mean_loss(xr.load_dataset(path, engine="scipy"), 500)
+    best = best_rates(losses).learning_rate
+    rates = {str(kind): float(rate) for kind, rate in best.items()}
+    return ratio(at_rates(losses, rates), "total", "sample")
+
+
+def claimed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """The last moments of :func:`ratios` by the names of the claims."""
+    found = {}
+    for row in table.itertuples():
+        if row.iteration == MOMENTS[str(row.task)][-1]:
+            name = f"{row.task}_long_{row.above}_{row.below}"
+            found[name] = (float(str(row.ratio)), float(str(row.error)))
+    last = sixteen()
+    found["micrographs_sixteen"] = (
+        float(last.ratio),
+        float(last.error),
+    )
+    return found
