@@ -1,0 +1,75 @@
+"""The book's helpers against arithmetic by hand."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
+import long_runs
+import runs
+import ways
+
+
+def losses() -> xr.DataArray:
+    """Loss of initialization k, seed s at iteration i: (k + 1) (s + 1) (1 + i / 100)."""
+    kinds, seeds, iterations = list(runs.TITLES), [0, 1], np.arange(0, 4000, 10)
+    values = np.einsum("k,s,i->ksi", [3.0, 2.0, 1.0], [1.0, 2.0], 1 + iterations / 100)
+    coords = {"initialization": kinds, "seed": seeds, "iteration": iterations}
+    return xr.DataArray(values, coords, dims=list(coords))
+
+
+def test_mean_losses_about_a_moment() -> None:
+    near = np.arange(1500, 2500, 10)
+    expected = 3 * (1 + near / 100).mean()
+    found = long_runs.at(losses(), 2000).sel(initialization="total", seed=0)
+    assert float(found) == pytest.approx(expected)
+    at_end = long_runs.at(losses(), 4000).sel(initialization="batchnorm", seed=1)
+    assert float(at_end) == pytest.approx(2 * (1 + np.arange(3500, 4000, 10) / 100).mean())
+
+
+def test_bins_are_means_over_windows() -> None:
+    found = long_runs.binned(losses()).sel(initialization="sample", seed=0)
+    assert found.sizes["iteration"] == long_runs.BINS
+    assert float(found[0]) == pytest.approx(2 * (1 + np.arange(0, 100, 10) / 100).mean())
+
+
+def test_stored_ratios_are_paired_over_two_seeds() -> None:
+    table = long_runs.ratios()
+    row = table[(table.task == "cifar10") & (table.iteration == 20_000)].set_index("above")
+    stored = long_runs.at(long_runs.load("cifar10"), 20_000)
+    logs = np.log(stored.sel(initialization="total") / stored.sel(initialization="sample")).values
+    assert row["ratio"]["total"] == pytest.approx(np.exp(logs.mean()))
+    half = 12.7062 * abs(logs[0] - logs[1]) / 2  # Student's t of one degree of freedom
+    assert row["high"]["total"] == pytest.approx(np.exp(logs.mean() + half), rel=1e-4)
+    assert row["paper"]["total"] == pytest.approx(0.884 / 0.561)
+
+
+def test_ratios_in_words() -> None:
+    final = losses().mean("iteration").expand_dims(learning_rate=[0.1])
+    at = dict.fromkeys(runs.TITLES, 0.1)
+    assert runs.told(final, "total", "sample", at) == "1.50 (1.50 to 1.50)"
+    lost = final.where(final.initialization != "sample", np.inf)
+    assert runs.told(lost, "total", "sample", at) == "diverged"
+
+
+def test_ways_in_words() -> None:
+    rows = [[0.5, 1.4, 2.0, 2.1, "x"], [1.0, 1.0, 2.0, 4.0, "y"], [1.0, 1.0, np.nan, np.nan, "z"]]
+    columns = ["kept", "gradients", "at 100", "at 200", "price"]
+    table = pd.DataFrame(rows, ["a", "b", "c"], columns)
+    plateaus = [line[3] for line in ways.lines(table)]
+    assert plateaus == ["yes: 2.0, 2.1", "no: 2.0, 4.0", "no mean, by construction"]
+
+
+def test_a_block_is_what_its_formula_says() -> None:
+    y = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    block = ways.Block(16, torch.Generator().manual_seed(1), slope=0.3, residual=0.5)
+    activation = torch.where(y > 0, y, 0.3 * y)
+    expected = y + 0.5**0.5 * (activation @ block.linear.weight.T)
+    torch.testing.assert_close(block(y), expected)
+    wide = ways.Block(1000, torch.Generator().manual_seed(1), slope=0.3)
+    assert float(wide.linear.weight.detach().var()) == pytest.approx(2 / 1.09 / 1000, rel=0.01)
