@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -73,6 +74,7 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def resnet() -> tuple[nn.Module, Any]:
+    pytest.importorskip("transformers")
     from transformers import ResNetConfig, ResNetModel
 
     config = ResNetConfig(
@@ -82,6 +84,7 @@ def resnet() -> tuple[nn.Module, Any]:
 
 
 def vit() -> tuple[nn.Module, Any]:
+    pytest.importorskip("transformers")
     from transformers import ViTConfig, ViTModel
 
     sizes: dict[str, Any] = {
@@ -96,6 +99,7 @@ def vit() -> tuple[nn.Module, Any]:
 
 
 def gpt2() -> tuple[nn.Module, Any]:
+    pytest.importorskip("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: dict[str, Any] = {
