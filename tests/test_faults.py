@@ -214,12 +214,12 @@ CASES: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "bias": (bias, ("MLP", "convolutional", "residual", "transformer", "vision")),
     "input mean": (mean, ("MLP", "convolutional", "residual")),
     "input scale": (large, ("MLP", "convolutional", "BatchNorm", "residual", "vision")),
-    "dead layer": (dead, PLAIN),
+    "dead layer": (dead, ("MLP", "convolutional", "residual", "transformer", "vision")),
     "vanishing": (scaled(0.2, "loss of scale"), PLAIN),
     "exploding": (scaled(5.0, "explosion"), PLAIN),
     "equal inputs": (equal, tuple(SOUND)),
     "zero weights": (zero, (*PLAIN, "residual", "transformer", "vision")),
-    "wrong fan": (wrong_fan, PLAIN),
+    "wrong fan": (wrong_fan, (*PLAIN, "transformer", "vision")),
 }
 
 
@@ -249,6 +249,12 @@ def test_a_missing_norm() -> None:
     assert first(model, x).startswith("sound")
     model.norms = nn.ModuleList(nn.Identity() for _ in range(6))
     assert first(model, x).startswith("explosion")
+
+
+@pytest.mark.parametrize("put", [bias, mean, dead, wrong_fan, scaled(0.2, ""), scaled(5.0, "")])
+def test_what_batchnorm_takes_away_is_no_fault(put: Fault) -> None:
+    model, batch, _ = put(*SOUND["BatchNorm"]())
+    assert first(model, batch).startswith("sound")
 
 
 def test_a_constant_token_that_outweighs_the_signal() -> None:

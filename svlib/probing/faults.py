@@ -118,9 +118,9 @@ def _scales(graph: Graph) -> Iterator[Fault]:
     """The largest rise and the largest fall of sigma^2 that the network does not take away."""
     factors: dict[int, float] = {}
     for number, start in graph.starts.items():
-        place, first = graph.places[number], graph.places[start]
-        if graph.varies[number] and place.sigma2 > 0 and first.scale > 0:
-            factors[number] = place.scale / first.scale
+        place = graph.places[number]
+        if graph.varies[number] and place.sigma2 > 0 and start.scale > 0:
+            factors[number] = place.scale / start.scale
     grown = {n: x for n, x in factors.items() if x > SCALE and _matters(graph, n, falling=False)}
     lost = {
         n: x
@@ -150,36 +150,28 @@ def _matters(graph: Graph, number: int, *, falling: bool) -> bool:
 
 
 def _scale(graph: Graph, kind: str, number: int) -> Fault:
-    start = graph.starts[number]
-    way = [n for n in graph.path(number) if n >= start]
-    way = way if start in way else [start, *way]
-    first, last = graph.places[start], graph.places[number]
-    steps = [
-        math.log(graph.places[b].scale / graph.places[a].scale)
-        for a, b in pairwise(way)
-        if graph.places[a].scale > 0 and graph.places[b].scale > 0
-    ]
-    text = f"σ² goes from {first.sigma2:.2g} at {first.name!r} to {last.sigma2:.2g} at "
+    start, last = graph.starts[number], graph.places[number]
+    way = [n for n in graph.path(number) if graph.starts.get(n) is start]
+    scales = [start.scale, *(graph.places[n].scale for n in way)]
+    steps = [math.log(b / a) if a > 0 and b > 0 else 0.0 for a, b in pairwise(scales)]
+    total = math.log(last.scale / start.scale)
+    worst = max(range(len(steps)), key=lambda i: steps[i] * math.copysign(1, total))
+    text = f"σ² goes from {start.scale:.2g} at {start.name} to {last.sigma2:.2g} at "
     text += f"{last.name!r}, with no normalization between. "
-    total = math.log(last.scale / first.scale)
-    worst = max(range(len(steps)), key=lambda i: steps[i] * math.copysign(1, total), default=0)
-    culprit = way[worst + 1] if steps else number
-    if len(steps) > 1 and steps[worst] / total < 0.6:
-        text += f"It changes by about {math.exp(total / len(steps)):.2g} a layer."
-        culprit = way[1]
-    else:
+    alone = steps[worst] / total >= 0.6
+    culprit = way[worst] if alone else way[min(1, len(way) - 1)]
+    if alone:
         text += f"The change is at {graph.places[culprit].name!r}"
         text += ", by its bias." if _bias_rules(graph, culprit) else "."
-    gains = [op.gain for n in way[1:] if isinstance(op := graph.calls[n].operation, ops.Weights)]
-    if isinstance(op := graph.calls[culprit].operation, ops.Weights) and steps:
-        gains = [op.gain] if steps[worst] / total >= 0.6 else gains
+    else:
+        text += f"It changes by about {math.exp(total / (len(way) - 1)):.2g} a layer."
+    judged = [graph.calls[n].operation for n in ([culprit] if alone else way)]
+    gains = sorted(op.gain for op in judged if isinstance(op, ops.Weights))
     advice = "sv.init.total_ sets σ² to 1 in every layer."
     if gains:
-        middle = sorted(gains)[len(gains) // 2]
-        advice = (
-            f"Its weights have fan-in times mean square {middle:.2g}; He's rule for ReLU is 2. "
-        )
-        advice += "sv.init.total_ sets σ² to 1 in every layer."
+        middle = gains[len(gains) // 2]
+        words = f"Its weights have fan-in times mean square {middle:.2g}; He's rule for ReLU is 2. "
+        advice = words + advice
     return Fault(0, culprit, Finding(kind, text, advice))
 
 

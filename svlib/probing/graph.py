@@ -38,6 +38,14 @@ class Place:
     ratio: float
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a scale was set: the words for it, and sigma^2 there."""
+
+    name: str
+    scale: float
+
+
 class Graph:
     """Judged rows by the number of their call."""
 
@@ -99,17 +107,21 @@ class Graph:
         return way
 
     @cached_property
-    def starts(self) -> dict[int, int]:
-        """For each judged call, the one since which no normalization has set the scale."""
-        start: list[int | None] = []
-        found: dict[int, int] = {}
+    def starts(self) -> dict[int, Start]:
+        """For each judged call, where its scale was set last: by a normalization or a first row."""
+        start: list[Start | None] = []
+        found: dict[int, Start] = {}
         for number, call in enumerate(self.calls):
-            known = [start[parent] for parent in call.parents]
-            before = [n for n in known if n is not None and self.varies[n]]
-            at = max(before, key=lambda n: self.places[n].scale) if before else None
-            at = None if call.function in ops.NORMS else at
+            known = [start[p] for p in call.parents if self.varies[p]]
+            at = max((s for s in known if s is not None), key=lambda s: s.scale, default=None)
+            operation = call.operation
+            if call.function in ops.NORMS:
+                at = None
+                if isinstance(operation, ops.Normalize):
+                    at = Start(call.function, operation.gamma2 + operation.beta.square)
             if number in self.places:
-                at = number if at is None else at
+                place = self.places[number]
+                at = Start(repr(place.name), place.scale) if at is None else at
                 found[number] = at
             start.append(at)
         return found
