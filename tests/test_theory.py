@@ -253,7 +253,7 @@ def test_relu_product_by_adaptive_quadrature() -> None:
         (lambda: trajectory(-1), ValueError, "depth must be at least 0, got -1"),
         (lambda: trajectory(2.5), TypeError, "depth must be an integer, got 2.5"),  # type: ignore[arg-type]
         (lambda: trajectory(True), TypeError, "depth must be an integer"),
-        (lambda: trajectory(3, activation="gelu"), ValueError, r"activation must be one of"),
+        (lambda: trajectory(3, activation="geglu"), ValueError, r"activation must be one of"),
         (lambda: trajectory(3, negative_slope=0.1), ValueError, "negative_slope must be 0 unless"),
         (
             lambda: trajectory(3, activation="leaky_relu", negative_slope=math.nan),

@@ -1,6 +1,7 @@
 """What is true at infinite width, and to first order in 1/width.
 
-Numbers stand in ``maps``, ``depth``, ``width`` and ``angles``, derivations in ``symbolic``.
+Numbers stand in ``activations``, ``maps``, ``depth``, ``edge``, ``width`` and ``angles``,
+derivations in ``symbolic``.
 """
 
 from importlib import import_module as _import
@@ -8,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from svlib.theory import angles, maps
 from svlib.theory.depth import Trajectory, trajectory
+from svlib.theory.edge import Edge, edge_of_chaos
 from svlib.theory.width import FiniteWidth, finite_width, plateau
 
 if TYPE_CHECKING:
     from svlib.theory import symbolic
 
-__all__ = ["FiniteWidth", "Trajectory", "angles", "finite_width", "maps", "plateau", "symbolic"]
-__all__ += ["trajectory"]
+__all__ = ["Edge", "FiniteWidth", "Trajectory", "angles", "edge_of_chaos", "finite_width", "maps"]
+__all__ += ["plateau", "symbolic", "trajectory"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svlib import _check
-from svlib.theory import maps
+from svlib.theory import activations
 
 Array = NDArray[np.float64]
-NORMALIZATIONS = (None, "batch", "layer")
+NORMALIZATIONS = (None, "batch", "layer", "rms")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,32 +67,39 @@ def _part(share: Array, total: Array) -> Array:
 def trajectory(
     depth: int,
     *,
-    activation: str = "relu",
+    activation: str | activations.Function = "relu",
     negative_slope: float = 0.0,
+    kinks: Sequence[float] = (),
+    weight_variance: float | None = None,
+    bias_variance: float = 0.0,
+    q0: float = 1.0,
+    rho0: float = 0.0,
     normalization: str | None = None,
     residual: float | None = None,
-    rho0: float = 0.0,
 ) -> Trajectory:
     r"""Follow m^2 and v^2 through ``depth`` layers of infinite width (the paper's exact recursion).
 
-    Without normalization the gap :math:`\epsilon_l=v_l^2/\sigma_l^2` obeys
-    :math:`\epsilon_{l+1}=\epsilon_l-w_l\,d(\epsilon_l)`, d being
-    :func:`svlib.theory.maps.gap_decrement` and :math:`w_l` the share of the branch in the new
-    variance: 1 without residual connection, :math:`\beta/(1+\beta)` with
-    :math:`y'=y+\sqrt\beta\,W\phi(y)`.
+    Preactivations are :math:`y'=W\phi(y)+b`, or :math:`y'=y+\sqrt\beta\,(W\phi(y)+b)`. For ReLU at
+    He's rule the gap :math:`\epsilon_l=v_l^2/\sigma_l^2` loses
+    :func:`svlib.theory.maps.gap_decrement` at each layer, times the share of the branch in the new
+    variance: 1 without residual connection, :math:`\beta/(1+\beta)` with one.
 
     Args:
         depth: Number of weight matrices after layer 0, at least 0.
-        activation: "relu", "leaky_relu", "linear" or "tanh".
+        activation: A name of ``svlib.theory.activations.NAMES``, or a function of arrays.
         negative_slope: The slope a of leaky ReLU.
-        normalization: Applied to preactivations before the activation. ``"batch"``: the batch is
-            large and the statistics are those before BatchNorm. ``"layer"``: the statistics of a
-            wide layer are the network's, so LayerNorm only fixes the scale.
-        residual: :math:`\beta`, positive, or ``None``. ``sigma2`` grows as :math:`(1+\beta)^l`, or
-            :math:`1+\beta l` with normalization, and may become infinite; ``fraction`` does not.
-            Not with tanh, unless normalized: the variance then grows, and tanh is not homogeneous.
+        kinks: Where the derivative of a function jumps.
+        weight_variance: N times the variance of a weight; ``None``: He's rule,
+            (1 - bias_variance)/<phi(z)^2>, which keeps sigma^2 = 1.
+        bias_variance: Variance of a bias.
+        q0: sigma^2 of layer 0.
         rho0: :math:`m_0^2/\sigma_0^2`, in [-1, 1]: 0 for white inputs, the cosine for a pair at an
             angle.
+        normalization: Applied to preactivations before the activation. ``"batch"``: the batch is
+            large and the statistics are those before BatchNorm. ``"layer"``, ``"rms"``: the
+            statistics of a wide layer are the network's, so they only fix the scale.
+        residual: :math:`\beta`, positive, or ``None``. ``sigma2`` may become infinite; ``fraction``
+            does not. Without normalization and at He's rule, of a homogeneous activation.
 
     Examples:
         >>> layers = trajectory(50)
@@ -100,18 +108,71 @@ def trajectory(
     """
     depth = _check.integer("depth", depth, 0)
     _check.choice("normalization", normalization, NORMALIZATIONS)
-    rho0 = _check.real("rho0", rho0, -1, 1)
+    rho0, bias = _check.real("rho0", rho0, -1, 1), _check.real("bias_variance", bias_variance, 0)
+    q0 = _check.real("q0", q0, 0, open_low=True)
     beta = None if residual is None else _check.real("residual", residual, 0, open_low=True)
-    decrement = maps._decrement(activation, maps._slope_of(activation, negative_slope))
-    base = decrement(1.0)  # the correlation of two independent inputs one layer on
-    if activation == "tanh" and beta is not None and normalization is None:
+    phi = activations.named(activation, negative_slope, kinks)
+    grows = beta is not None and normalization is None
+    if grows and weight_variance is None and phi.slope is None:
         raise ValueError(
             "activation must be homogeneous ('relu', 'leaky_relu', 'linear') with residual, "
-            f"got {activation!r}"
+            f"or weight_variance given, got {activation!r}"
         )
+    he = weight_variance is None and bias == 0 and q0 == 1
+    if he and phi.slope is not None:
+        return _at_he(depth, phi.decrement, normalization, beta, 1 - rho0)
+    weights = he_variance(phi, bias) if weight_variance is None else weight_variance
+    weights = _check.real("weight_variance", weights, 0)
+    kept = weight_variance is None and q0 == 1 and not grows
+    states = [(q0, 1 - rho0)]
+    for _ in range(depth):
+        q, gap = _step(phi, weights, bias, normalization, beta, *states[-1])
+        # sigma^2 = 1 is unstable for many activations: rounding would grow into another scale
+        states.append((1.0 if kept and beta is None else q, gap))
+    sigma2, gaps = np.array(states).T
+    return Trajectory(gaps, sigma2)
+
+
+def he_variance(phi: activations.Activation, bias_variance: float = 0.0) -> float:
+    """N times the variance of a weight that keeps sigma^2 = 1: He's rule for the activation."""
+    if bias_variance > 1:
+        raise ValueError(f"bias_variance must be at most 1 at He's rule, got {bias_variance}")
+    return (1 - bias_variance) / phi.second_moment(1.0)
+
+
+def _step(
+    phi: activations.Activation,
+    weights: float,
+    bias: float,
+    normalization: str | None,
+    beta: float | None,
+    q: float,
+    gap: float,
+) -> tuple[float, float]:
+    """sigma^2 and v^2/sigma^2 of the next layer."""
+    kept, share = (0.0, 1.0) if beta is None else (1.0, beta)
+    if normalization is None and phi.slope is not None:  # relative to q, which may be infinite
+        branch = weights * phi.second_moment(1.0) + bias / q
+        total = kept + share * branch
+        return q * total, (kept * gap + share * weights * phi.difference(1.0, gap)) / total
+    inside = q if normalization is None else 1.0
+    apart = 1.0 if normalization == "batch" else gap  # BatchNorm's output has m = 0
+    total = kept * q + share * (weights * phi.second_moment(inside) + bias)
+    return total, (kept * gap * q + share * weights * phi.difference(inside, apart)) / total
+
+
+def _at_he(
+    depth: int,
+    decrement: Callable[[float], float],
+    normalization: str | None,
+    beta: float | None,
+    gap: float,
+) -> Trajectory:
+    """At He's rule only the gap changes, by what :mod:`svlib.theory.maps` knows in closed form."""
+    base = decrement(1.0)  # the correlation of two independent inputs one layer on
     sigma2, shares = _shares(depth, beta, normalization)
     fraction = np.empty(depth + 1)
-    fraction[0] = gap = 1 - rho0
+    fraction[0] = gap
     lost = 0.0  # Kahan's compensation, or 100,000 small steps would add up 100,000 roundings
     for layer, share in enumerate(shares.tolist(), start=1):
         # BatchNorm's output has m = 0, whatever came in

@@ -12,57 +12,8 @@ Computed as 1 - C it loses its digits, so :func:`gap_decrement` gives its loss i
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import numpy as np
-
 from svlib import _check
-
-ACTIVATIONS = ("relu", "leaky_relu", "linear", "tanh")
-
-# The trapezoidal rule converges exponentially for analytic integrands: with this step the nearest
-# pole of tanh, at i pi / 2, costs about exp(-2 pi (pi / 2) / h), and the cut at 9 less than 1e-17.
-_STEP = 0.2
-_NODES = _STEP * np.arange(-45, 46)
-_WEIGHTS = np.exp(-(_NODES**2) / 2) * _STEP / math.sqrt(2 * math.pi)
-# (sin t - t cos t) / t^3 = 1/3 - t^2/30 + t^4/840 - ..., 2k / (2k + 1)! in general; last first
-_SERIES = tuple(1 / (math.factorial(2 * k + 1) / (2 * k)) for k in range(7, 0, -1))
-_TANH_SECOND_MOMENT = float(_WEIGHTS @ np.tanh(_NODES) ** 2)
-
-
-def _slope_of(activation: str, negative_slope: float) -> float:
-    """The negative slope of a member of the ReLU family, after checking both arguments."""
-    slope = _check.activation(activation, negative_slope, ACTIVATIONS)
-    return 1.0 if activation == "linear" else slope
-
-
-def _relu_loss(theta: float) -> float:
-    """(sin t - t cos t) / pi; near 0 by its Taylor series, where the difference would cancel."""
-    if theta > 0.5:
-        return (math.sin(theta) - theta * math.cos(theta)) / math.pi
-    square, series = theta * theta, 0.0
-    for coefficient in _SERIES:
-        series = coefficient - square * series
-    return theta * square * series / math.pi
-
-
-def _tanh_difference(epsilon: float) -> float:
-    """E[(tanh z1 - tanh z2)^2] / 2 for correlation 1 - epsilon, accurate as epsilon goes to 0."""
-    half_sum = math.sqrt(1 - epsilon / 2) * _NODES[:, None]  # (z1 + z2) / 2, independent of
-    half_difference = math.sqrt(epsilon / 2) * _NODES[None, :]  # (z1 - z2) / 2
-    difference = np.sinh(2 * half_difference) / (
-        np.cosh(half_sum + half_difference) * np.cosh(half_sum - half_difference)
-    )
-    return float(_WEIGHTS @ difference**2 @ _WEIGHTS) / 2
-
-
-def _decrement(activation: str, slope: float) -> Callable[[float], float]:
-    """:func:`gap_decrement` of checked arguments, for loops over many layers."""
-    if activation == "tanh":
-        return lambda gap: gap - _tanh_difference(gap) / _TANH_SECOND_MOMENT
-    factor = (1 - slope) ** 2 / (1 + slope**2)
-    return lambda gap: factor * _relu_loss(2 * math.asin(math.sqrt(gap / 2)))
+from svlib.theory import activations
 
 
 def gap_decrement(
@@ -76,34 +27,36 @@ def gap_decrement(
 
     Args:
         epsilon: The gap, in [0, 2].
-        activation: "relu", "leaky_relu", "linear" or "tanh".
+        activation: A name of ``svlib.theory.activations.NAMES``.
         negative_slope: The slope a of leaky ReLU.
 
     Examples:
+        >>> import math
         >>> print(f"{gap_decrement(1.0) * math.pi:.12f}")
         1.000000000000
         >>> print(f"{gap_decrement(1e-20) / 1e-30 / (2 * math.sqrt(2) / (3 * math.pi)):.12f}")
         1.000000000000
     """
-    decrement = _decrement(activation, _slope_of(activation, negative_slope))
-    return decrement(_check.real("epsilon", epsilon, 0, 2))
+    phi = activations.named(activation, negative_slope)
+    return phi.decrement(_check.real("epsilon", epsilon, 0, 2))
 
 
 def correlation(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
     r"""The correlation map C.
 
     ReLU: :math:`f(\rho)=(\sqrt{1-\rho^2}+\rho(\pi-\arccos\rho))/\pi` (Cho & Saul 2009, order 1).
-    Leaky ReLU: :math:`((1-a)^2f(\rho)+2a\rho)/(1+a^2)`. Linear: :math:`\rho`. Tanh: by quadrature.
+    Leaky ReLU: :math:`((1-a)^2f(\rho)+2a\rho)/(1+a^2)`. Others: by
+    quadrature.
 
     Args:
         rho: Correlation of two preactivations over networks, in [-1, 1].
         activation, negative_slope: As in :func:`gap_decrement`.
 
     Examples:
+        >>> import math
         >>> print(f"{correlation(0.0) * math.pi:.12f}")
         1.000000000000
     """
-    _slope_of(activation, negative_slope)
     rho = _check.real("rho", rho, -1, 1)
     return rho + gap_decrement(1 - rho, activation=activation, negative_slope=negative_slope)
 
@@ -120,14 +73,9 @@ def correlation_slope(
         >>> correlation_slope(0.0), correlation_slope(1.0)
         (0.5, 1.0)
     """
-    slope = _slope_of(activation, negative_slope)
+    phi = activations.named(activation, negative_slope)
     rho = _check.real("rho", rho, -1, 1)
-    if activation == "tanh":  # C' = E[phi'(z1) phi'(z2)] / E[phi^2]
-        first = _NODES[:, None]
-        second = rho * first + math.sqrt((1 - rho) * (1 + rho)) * _NODES[None, :]
-        product = 1 / (np.cosh(first) * np.cosh(second)) ** 2
-        return float(_WEIGHTS @ product @ _WEIGHTS) / _TANH_SECOND_MOMENT
-    return ((1 - slope) ** 2 * (1 - math.acos(rho) / math.pi) + 2 * slope) / (1 + slope**2)
+    return phi.gradient(1.0, 1 - rho) / phi.second_moment(1.0)
 
 
 def batchnorm(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:

@@ -28,7 +28,7 @@ from scipy.interpolate import barycentric_interpolate
 from scipy.special import ndtr, roots_legendre
 
 from svlib import _check
-from svlib.theory import maps
+from svlib.theory import activations, maps
 from svlib.theory.depth import Array, Trajectory
 
 _LEGENDRE, _LEGENDRE_WEIGHTS = roots_legendre(40)
@@ -102,7 +102,7 @@ class _FirstOrder(NamedTuple):
 
 def _first_order(depth: int, rho0: float, slope: float) -> _FirstOrder:
     """Chapter 3's recursion; U, V, C, D and mu are times N."""
-    decrement = maps._decrement("leaky_relu", slope)
+    decrement = activations.named("leaky_relu", slope).decrement
     gap, lengths = 1 - rho0, 0.0
     mu = U = V = C = D = 0.0
     rows = [(gap, 0.0, 0.0)]
@@ -121,6 +121,12 @@ def _first_order(depth: int, rho0: float, slope: float) -> _FirstOrder:
         D = first * D + aabc - f * aabb
         rows.append((gap, lengths, V / f**2 - (C - D + mu) / f + 2 * gap))
     return _FirstOrder(*np.array(rows).T)
+
+
+def _slope_of(activation: str, negative_slope: float) -> float:
+    """The negative slope of a member of the ReLU family, after checking both arguments."""
+    slope = _check.activation(activation, negative_slope, _FAMILY)
+    return 1.0 if activation == "linear" else slope
 
 
 def finite_width(
@@ -161,8 +167,7 @@ def finite_width(
         3.08, at infinite width 8.87
     """
     width, depth = _check.integer("width", width), _check.integer("depth", depth, 0)
-    _check.choice("activation", activation, _FAMILY)
-    slope = maps._slope_of(activation, negative_slope)
+    slope = _slope_of(activation, negative_slope)
     rho = _check.real("rho0", rho0, 0, 1)
     if rho == 1:
         raise ValueError("rho0 must be below 1, where inputs have no angle between them, got 1.0")
@@ -194,7 +199,7 @@ def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
         10.650545486
     """
     _check.choice("activation", activation, ("relu", "leaky_relu"))
-    slope = maps._slope_of(activation, negative_slope)
+    slope = _slope_of(activation, negative_slope)
     if 0.5 < slope < 2:
         raise ValueError(f"negative_slope must be outside (0.5, 2), got {slope}")
     layers = [250, 354, 500, 707, 1000, 1414, 2000]
