@@ -1,7 +1,7 @@
 r"""An ensemble of random fully connected networks of finite width, on any device.
 
-:math:`y_{l+1}=W_l\,\phi(y_l)`, weights Gaussian with variance :math:`1/(N\langle\phi(z)^2\rangle)`
-(He's 2/N for ReLU), no biases (Luther & Seung, arXiv:1902.04942, section 2). Every network has its
+:math:`y_{l+1}=W_l\,\phi(y_l)+b_l`; by default ReLU, Gaussian weights of He's variance 2/N and no
+biases (Luther & Seung, arXiv:1902.04942, section 2). Every network has its
 own stream of random numbers, so that its statistics do not depend on how many others are simulated
 beside it. Layers are drawn by one of two methods of one distribution: :mod:`svlib.gram`.
 """
@@ -9,28 +9,17 @@ beside it. Layers are drawn by one of two methods of one distribution: :mod:`svl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, Required, TypedDict
 
 import torch
 
-from svlib import _check, gram
+from svlib import _check, gram, layers
 from svlib._random import fill_normal, stream
 
 METHODS = ("auto", "gram", "weights")
-NORMALIZATIONS = (None, "batch", "layer")
-
-# activation -> (function, <phi(z)^2> for a standard Gaussian z)
-_ACTIVATIONS: dict[
-    str, tuple[Callable[[torch.Tensor, float], torch.Tensor], Callable[[float], float]]
-] = {
-    "relu": (lambda y, a: torch.relu(y), lambda a: 0.5),
-    "leaky_relu": (torch.nn.functional.leaky_relu, lambda a: (1 + a**2) / 2),
-    "linear": (lambda y, a: y, lambda a: 1.0),
-    "tanh": (lambda y, a: torch.tanh(y), lambda a: 0.3942944903978),
-}
 
 
 class Options(TypedDict, total=False):
@@ -43,6 +32,9 @@ class Options(TypedDict, total=False):
     dtype: str | torch.dtype
     activation: str
     negative_slope: float
+    weight_variance: float | None
+    bias_variance: float
+    weights: str
     normalization: str | None
     residual: float | None
     method: str
@@ -64,16 +56,21 @@ class Ensemble:
         device: Where to compute.
         dtype: ``torch.float32`` or ``torch.float64``, or its name. Float32 preactivations do not
             resolve v^2/sigma^2 below about 1e-9; deep networks with LayerNorm get there.
-        activation: "relu", "leaky_relu", "linear" or "tanh".
+        activation: A name of ``svlib.layers.ACTIVATIONS``, the same as in
+            :func:`svlib.theory.trajectory`.
         negative_slope: The slope of leaky ReLU.
-        normalization: ``None``, ``"batch"`` (over the S inputs) or ``"layer"`` (over units),
-            applied to preactivations before the activation; the statistics reported are those
-            before it. Networks with BatchNorm or tanh are chaotic: they amplify rounding, so that
-            float32 reproduces their averages only.
-        residual: :math:`\beta` in :math:`y'=y+\sqrt\beta\,W\phi(y)`, or ``None``.
+        weight_variance: N times the variance of a weight; ``None``: He's rule for the activation,
+            (1 - bias_variance)/<phi(z)^2>. The first weight matrix has variance 1/features.
+        bias_variance: Variance of a bias.
+        weights: "gaussian" or "orthogonal", of the same variance.
+        normalization: ``None``, ``"batch"`` (over the S inputs), ``"layer"`` or ``"rms"`` (over
+            units), applied to preactivations before the activation; the statistics reported are
+            those before it. Networks with BatchNorm or tanh amplify rounding: float32 reproduces
+            their averages only.
+        residual: :math:`\beta` in :math:`y'=y+\sqrt\beta\,(W\phi(y)+b)`, or ``None``.
         method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly,
-            from the same distribution, if no two are equal. "auto" takes the cheaper for this width
-            and S; the record says which.
+            from the same distribution, if weights are Gaussian and inputs differ. "auto" takes the
+            cheaper for this width and S; the record says which.
         memory: Bytes that the networks simulated at a time may take.
 
     Examples:
@@ -90,6 +87,9 @@ class Ensemble:
     dtype: Any = torch.float32
     activation: str = "relu"
     negative_slope: float = 0.0
+    weight_variance: float | None = None
+    bias_variance: float = 0.0
+    weights: str = "gaussian"
     normalization: str | None = None
     residual: float | None = None
     method: str = "auto"
@@ -98,9 +98,18 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
-        slope = _check.activation(self.activation, self.negative_slope, _ACTIVATIONS)
+        slope = _check.activation(self.activation, self.negative_slope, layers.ACTIVATIONS)
         put("negative_slope", slope)
-        _check.choice("normalization", self.normalization, NORMALIZATIONS)
+        _check.choice("weights", self.weights, ("gaussian", "orthogonal"))
+        he = self.weight_variance is None
+        put("bias_variance", _check.real("bias_variance", self.bias_variance, 0, 1 if he else 1e12))
+        given = (
+            (1 - self.bias_variance) / layers.second_moment(self.activation, slope)
+            if he
+            else self.weight_variance
+        )
+        put("weight_variance", _check.real("weight_variance", given, 0, 1e12))
+        _check.choice("normalization", self.normalization, layers.NORMALIZATIONS)
         if self.residual is not None:
             put("residual", _check.real("residual", self.residual, 0, 1e12, open_low=True))
         put("dtype", _check.precision(self.dtype))
@@ -130,24 +139,27 @@ class Ensemble:
 
     def _method(self) -> str:
         equal = self.inputs is not None and len(torch.unique(self.inputs, dim=0)) < self.samples
+        orthogonal = self.weights == "orthogonal"
         # rounding by the gram method would tell equal inputs apart, and chaos amplify that
-        if _check.choice("method", self.method, METHODS) == "gram" and equal:
-            raise ValueError(
-                "method must be 'weights' or 'auto' where rows of inputs are equal, got 'gram'"
-            )
+        if _check.choice("method", self.method, METHODS) == "gram" and (equal or orthogonal):
+            why = "with orthogonal weights" if orthogonal else "where rows of inputs are equal"
+            raise ValueError(f"method must be 'weights' or 'auto' {why}, got 'gram'")
         if self.method != "auto":
             return self.method
-        return "gram" if gram.pays(self.width, self.samples) and not equal else "weights"
+        pays = gram.pays(self.width, self.samples) and not (equal or orthogonal)
+        return "gram" if pays else "weights"
 
     @property
     def rescaled(self) -> bool:
         """Whether the scale may be taken out of each layer: it must pass through unchanged."""
-        return self.activation != "tanh" and self.normalization is None
+        passes = self.activation in layers.HOMOGENEOUS and self.bias_variance == 0
+        return passes and self.normalization is None
 
     def attributes(self) -> dict[str, str | float]:
         """The configuration, as the attributes of a record hold it."""
-        texts = ("dtype", "method", "activation", "normalization", "residual")
-        numbers = ("width", "samples", "seed", "negative_slope", "block_size")
+        texts = ("dtype", "method", "activation", "weights", "normalization", "residual")
+        numbers = ["width", "samples", "seed", "negative_slope", "block_size"]
+        numbers += ["weight_variance", "bias_variance"]
         found: dict[str, str | float] = {name: str(getattr(self, name)) for name in texts}
         found |= {name: getattr(self, name) for name in numbers}
         return found | {"inputs": "white" if self.inputs is None else "given"}
@@ -168,22 +180,6 @@ def _given(inputs: Any, samples: Any, device: torch.device, dtype: torch.dtype) 
     return checked
 
 
-def _normalized(y: torch.Tensor, kind: str | None) -> torch.Tensor:
-    """BatchNorm over inputs or LayerNorm over units, without affine part and without epsilon.
-
-    A difference that is no more than rounding becomes 0.
-    """
-    if kind is None:
-        return y
-    dim = 1 if kind == "batch" else 2
-    centred = y - y.mean(dim, keepdim=True)
-    peak = centred.abs().amax(dim, keepdim=True)
-    centred = centred / peak  # its square cannot overflow
-    rounding = 16 * torch.finfo(y.dtype).eps * y.abs().amax(dim, keepdim=True)
-    deviation = centred.square().mean(dim, keepdim=True).sqrt()
-    return torch.where(peak > rounding, centred / deviation, 0)
-
-
 def propagate(
     ensemble: Ensemble, depth: int, networks: range
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -195,28 +191,28 @@ def propagate(
     generators = [stream(ensemble.seed, "network", k, ensemble.device) for k in networks]
     size = (len(networks), ensemble.samples, ensemble.width)
     y = torch.empty(size, device=ensemble.device, dtype=ensemble.dtype)
-    linear = gram.Linear(ensemble.method, generators, ensemble.width, like=y)
-    function, second_moment_of = _ACTIVATIONS[ensemble.activation]
-    second_moment = second_moment_of(ensemble.negative_slope)
+    method = "orthogonal" if ensemble.weights == "orthogonal" else ensemble.method
+    linear = gram.Linear(method, generators, ensemble.width, like=y)
+    bias = y.new_empty(len(networks), 1, ensemble.width)
     log_scale = y.new_zeros(len(networks), dtype=torch.float64)
     if ensemble.inputs is None:
         fill_normal(y, generators)
     else:
         peak = ensemble.inputs.abs().max()
         within = ensemble.inputs.expand(len(networks), -1, -1) / torch.where(peak > 0, peak, 1)
-        linear(within, 1.0, out=y)
-        if ensemble.rescaled:
-            log_scale = log_scale + peak.double().log()
-        else:
-            y = y * peak
+        y = linear(within, 1.0, out=y) * (1 if ensemble.rescaled else peak)
+        log_scale += peak.double().log() if ensemble.rescaled else 0
     for layer in range(depth + 1):
         if layer > 0:
-            a = function(_normalized(y, ensemble.normalization), ensemble.negative_slope)
-            if ensemble.residual is None:
-                linear(a, second_moment, out=y)
-            else:
-                branch = linear(a, second_moment, out=torch.empty_like(y))
-                y = y + math.sqrt(ensemble.residual) * branch
+            normal = layers.normalized(y, ensemble.normalization)
+            a = layers.activated(normal, ensemble.activation, ensemble.negative_slope)
+            plain = ensemble.residual is None
+            variance = ensemble.weight_variance or 0.0
+            branch = linear(a, variance, out=y if plain else torch.empty_like(y))
+            if ensemble.bias_variance > 0:
+                fill_normal(bias, generators)
+                branch += math.sqrt(ensemble.bias_variance) * bias
+            y = branch if plain else y + math.sqrt(ensemble.residual or 0) * branch
         # squares may overflow where the scale stays in; a float64 norm costs a copy
         precision = None if ensemble.rescaled else torch.float64
         lengths = torch.linalg.vector_norm(y, dim=2, dtype=precision).double()

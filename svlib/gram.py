@@ -24,7 +24,8 @@ def pays(width: int, samples: int) -> bool:
 
 
 class Linear:
-    """A random layer without biases, by either method; keeps its memory from call to call."""
+    """A random layer without biases, by either method, or with "orthogonal" weights; keeps its
+    memory from call to call."""
 
     def __init__(
         self, method: str, generators: list[torch.Generator], width: int, like: torch.Tensor
@@ -32,25 +33,38 @@ class Linear:
         self.method, self.generators = method, generators
         self.noise = like.new_empty(len(generators), 0, width)
 
-    def __call__(self, a: torch.Tensor, second_moment: float, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, a: torch.Tensor, variance: float, out: torch.Tensor) -> torch.Tensor:
         """Write preactivations for ``a`` into ``out`` (networks, samples, width).
 
         Args:
             a: Activations (networks, samples, features).
-            second_moment: Of the activations, which the weight variance divides out.
+            variance: Features times the variance of a weight.
             out: Where to write.
         """
-        scale = 1 / math.sqrt(a.shape[-1] * second_moment)
+        scale = math.sqrt(variance / a.shape[-1])
         factors = (factor(a) if self.method == "gram" else a) * scale
         if self.noise.shape[1] != factors.shape[2]:
             self.noise = out.new_empty(len(out), factors.shape[2], out.shape[2])
         fill_normal(self.noise, self.generators)
+        if self.method == "orthogonal":
+            return torch.bmm(factors, _orthogonal(self.noise), out=out)
         if self.method == "weights":
             return torch.bmm(factors, self.noise, out=out)
         half = out.shape[1] // 2  # the factor is 0 above its diagonal
         torch.bmm(factors[:, :half, :half], self.noise[:, :half], out=out[:, :half])
         torch.bmm(factors[:, half:], self.noise, out=out[:, half:])
         return out
+
+
+def _orthogonal(noise: torch.Tensor) -> torch.Tensor:
+    """Uniformly distributed matrices with orthonormal columns, or rows if there are fewer, scaled
+    to entries of variance 1, from Gaussian ones (networks, features, width)."""
+    wide = noise.shape[1] < noise.shape[2]
+    columns, upper = torch.linalg.qr(noise.mT if wide else noise)
+    columns = columns * upper.diagonal(dim1=1, dim2=2).sign()[:, None]  # or it is not uniform
+    columns = columns * math.sqrt(max(noise.shape[1:]))
+    found: torch.Tensor = columns.mT if wide else columns
+    return found
 
 
 def factor(a: torch.Tensor) -> torch.Tensor:

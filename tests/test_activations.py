@@ -10,30 +10,12 @@ import pytest
 import torch
 
 import svlib as sv
+from svlib import layers
 from svlib.theory import edge_of_chaos, maps, trajectory
-from svlib.theory.activations import NAMES, named
+from svlib.theory.activations import NAMES, Function, named
 
 mp = mpmath.mp.clone()
 mp.dps = 50
-F = torch.nn.functional
-TORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": lambda u: u.clamp(min=0),  # of slope 0
-    "linear": lambda u: u,
-    "tanh": torch.tanh,
-    "erf": torch.erf,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "mish": F.mish,
-    "sine": torch.sin,
-    "elu": F.elu,
-    "selu": F.selu,
-    "hardtanh": F.hardtanh,
-    "relu6": F.relu6,
-}
 ANALYTIC = {
     "tanh": mp.tanh,
     "erf": mp.erf,
@@ -147,14 +129,14 @@ def test_gap_keeps_its_digits(name: str, gap: float) -> None:
     assert phi.decrement(gap) == pytest.approx(gap - found, rel=1e-13, abs=1e-16 * gap)
 
 
-def worst(name: str, layers: list[int]) -> list[float]:
+def worst(name: str, depths: list[int]) -> list[float]:
     """Relative errors of v^2/sigma^2 at these layers at He's rule, against 50 digits."""
     gap, gap_of, exact = mp.mpf(1), exact_gap(name), []
-    for _ in range(max(layers)):
+    for _ in range(max(depths)):
         gap = gap_of(gap)
         exact.append(gap)
-    found = trajectory(max(layers), activation=name).fraction
-    return [abs(float(found[layer] / exact[layer - 1] - 1)) for layer in layers]
+    found = trajectory(max(depths), activation=name).fraction
+    return [abs(float(found[layer] / exact[layer - 1] - 1)) for layer in depths]
 
 
 @pytest.mark.parametrize("name", [*ANALYTIC, *BENT])
@@ -175,7 +157,7 @@ def sampled(name: str, q: float) -> tuple[float, float]:
     points avoid the kinks."""
     u = (torch.arange(-400_000, 400_000, dtype=torch.float64) + 0.5) * 1e-4
     density = torch.exp(-(u**2) / (2 * q)) / math.sqrt(2 * math.pi * q) * 1e-4
-    y = TORCH[name](u.requires_grad_())
+    y = layers.activated(u.requires_grad_(), name)
     (slope,) = torch.autograd.grad(y.sum(), u)
     squares = (density * y.detach() ** 2).sum(), (density * slope.detach() ** 2).sum()
     return float(squares[0]), float(squares[1])
@@ -210,9 +192,9 @@ def test_weights_and_biases_of_any_variance() -> None:
         found = trajectory(
             6, activation=name, weight_variance=1.7, bias_variance=0.2, q0=q, rho0=c / q
         )
-        for layer in range(7):
-            assert found.sigma2[layer] == pytest.approx(q, rel=1e-13)
-            assert found.m2[layer] == pytest.approx(c, rel=1e-13)
+        for step in range(7):
+            assert found.sigma2[step] == pytest.approx(q, rel=1e-13)
+            assert found.m2[step] == pytest.approx(c, rel=1e-13)
             q, c = (1.7 * product(q, x) + 0.2 for x in (q, c))
 
 
@@ -225,9 +207,9 @@ def test_he_rule_with_biases_keeps_the_variance() -> None:
 def test_biases_make_the_collapse_exponential() -> None:
     """epsilon' = (1 - b)(epsilon - ...) for ReLU; torch's own nn.Linear loses a factor near six."""
     found = trajectory(60, bias_variance=0.3).fraction
-    for layer in (10, 30, 50):
-        expected = 0.7 * (found[layer] - maps.gap_decrement(found[layer]))
-        assert found[layer + 1] == pytest.approx(expected, rel=1e-12)
+    for step in (10, 30, 50):
+        expected = 0.7 * (found[step] - maps.gap_decrement(found[step]))
+        assert found[step + 1] == pytest.approx(expected, rel=1e-12)
     # torch's weights and biases are uniform in +-1/sqrt(N), of variances 1/3N; layer 0 is its first
     # layer on white inputs
     q0, shared = 1 / 3 + 1 / 300, 1 / 300
@@ -238,11 +220,11 @@ def test_biases_make_the_collapse_exponential() -> None:
     torch.manual_seed(0)
     ratios = []
     for _ in range(10):
-        layers = [torch.nn.Linear(100, 100, dtype=torch.float64) for _ in range(12)]
+        linear = [torch.nn.Linear(100, 100, dtype=torch.float64) for _ in range(12)]
         y = torch.randn(40, 100, dtype=torch.float64)
         with torch.no_grad():
-            y = layers[0](y)
-            for layer in layers[1:]:
+            y = linear[0](y)
+            for layer in linear[1:]:
                 y = layer(torch.relu(y))
         ratios.append(float(sv.decompose(y).v2 / sv.decompose(y).sigma2))
     mean, error = np.mean(ratios), np.std(ratios, ddof=1) / math.sqrt(10)
@@ -250,11 +232,12 @@ def test_biases_make_the_collapse_exponential() -> None:
 
 
 def test_a_function_with_its_kinks_is_followed() -> None:
-    for name, function, kinks in [
+    followed: list[tuple[str, Function, tuple[float, ...]]] = [
         ("tanh", np.tanh, ()),
         ("relu6", lambda u: np.clip(u, 0, 6), (0, 6)),
         ("relu", lambda u: np.maximum(u, 0), (0,)),
-    ]:
+    ]
+    for name, function, kinks in followed:
         expected = trajectory(100, activation=name).fraction
         found = trajectory(100, activation=function, kinks=kinks).fraction
         assert found == pytest.approx(expected, rel=1e-10), name

@@ -37,7 +37,8 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     # the main house
     "moments": "",
     "gram": "",
-    "ensemble": "gram",
+    "layers": "",
+    "ensemble": "gram layers",
     "simulation": "ensemble gram moments",
     "pairs": "",
     "plot": "simulation",
@@ -84,7 +85,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "__main__": "_command simulation sweep experiments.data experiments.task experiments.training "
     "probing.command",
 }
-MAIN_HOUSE = ("moments", "gram", "ensemble", "simulation", "pairs", "plot", "theory")
+MAIN_HOUSE = ("moments", "gram", "layers", "ensemble", "simulation", "pairs", "plot", "theory")
 
 
 def room(path: Path) -> str:

@@ -391,7 +391,7 @@ def test_command_line_sweeps(tmp_path: Path) -> None:
     [
         ("simulate 0 --output x.nc", "width must be at least 1, got 0"),
         ("simulate 4 --output x.nc --device toaster", "device must be one of"),
-        ("simulate 4 --output x.nc --activation gelu", "activation must be one of"),
+        ("simulate 4 --output x.nc --activation geglu", "activation must be one of"),
         ("simulate 4 --output .", "is a directory"),
         ("simulate 4 --output file/x.nc", "is no folder to write to"),
         ("train digits --output .", "is a directory"),

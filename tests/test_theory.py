@@ -266,7 +266,6 @@ def test_relu_product_by_adaptive_quadrature() -> None:
         (lambda: trajectory(3, residual="1"), TypeError, "residual must be a real number, got '1'"),  # type: ignore[arg-type]
         (lambda: trajectory(3, rho0=1.1), ValueError, r"rho0 must be a finite number in \[-1"),
         (lambda: trajectory(3, rho0=math.nan), ValueError, "rho0"),
-        (lambda: trajectory(3, activation="tanh", residual=1.0), ValueError, "homogeneous"),
         (lambda: maps.correlation(2.0), ValueError, "rho must be a finite number"),
         (lambda: maps.correlation(None), TypeError, "rho must be a real number, got None"),  # type: ignore[arg-type]
         (lambda: maps.gap_decrement(-0.1), ValueError, "epsilon must be"),

@@ -99,7 +99,7 @@ def trajectory(
             large and the statistics are those before BatchNorm. ``"layer"``, ``"rms"``: the
             statistics of a wide layer are the network's, so they only fix the scale.
         residual: :math:`\beta`, positive, or ``None``. ``sigma2`` may become infinite; ``fraction``
-            does not. Without normalization and at He's rule, of a homogeneous activation.
+            does not. He's rule then holds at sigma^2 = 1.
 
     Examples:
         >>> layers = trajectory(50)
@@ -112,23 +112,16 @@ def trajectory(
     q0 = _check.real("q0", q0, 0, open_low=True)
     beta = None if residual is None else _check.real("residual", residual, 0, open_low=True)
     phi = activations.named(activation, negative_slope, kinks)
-    grows = beta is not None and normalization is None
-    if grows and weight_variance is None and phi.slope is None:
-        raise ValueError(
-            "activation must be homogeneous ('relu', 'leaky_relu', 'linear') with residual, "
-            f"or weight_variance given, got {activation!r}"
-        )
-    he = weight_variance is None and bias == 0 and q0 == 1
-    if he and phi.slope is not None:
+    if weight_variance is None and bias == 0 and q0 == 1 and phi.slope is not None:
         return _at_he(depth, phi.decrement, normalization, beta, 1 - rho0)
     weights = he_variance(phi, bias) if weight_variance is None else weight_variance
     weights = _check.real("weight_variance", weights, 0)
-    kept = weight_variance is None and q0 == 1 and not grows
+    kept = weight_variance is None and q0 == 1 and beta is None
     states = [(q0, 1 - rho0)]
     for _ in range(depth):
         q, gap = _step(phi, weights, bias, normalization, beta, *states[-1])
-        # sigma^2 = 1 is unstable for many activations: rounding would grow into another scale
-        states.append((1.0 if kept and beta is None else q, gap))
+        # sigma^2 = 1 is unstable for some activations: rounding would grow into another scale
+        states.append((1.0 if kept else q, gap))
     sigma2, gaps = np.array(states).T
     return Trajectory(gaps, sigma2)
 
