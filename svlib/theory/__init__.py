@@ -1,13 +1,13 @@
 """What is true at infinite width, and to first order in 1/width.
 
-Numbers stand in ``activations``, ``maps``, ``depth``, ``edge``, ``width`` and ``angles``,
-derivations in ``symbolic``.
+Numbers stand in ``activations``, ``maps``, ``depth``, ``edge``, ``limits``, ``width``, ``batchnorm``
+and ``angles``, derivations in ``symbolic``.
 """
 
 from importlib import import_module as _import
 from typing import TYPE_CHECKING, Any
 
-from svlib.theory import angles, maps
+from svlib.theory import angles, batchnorm, limits, maps
 from svlib.theory.depth import Trajectory, trajectory
 from svlib.theory.edge import Edge, edge_of_chaos
 from svlib.theory.width import FiniteWidth, finite_width, plateau
@@ -15,8 +15,8 @@ from svlib.theory.width import FiniteWidth, finite_width, plateau
 if TYPE_CHECKING:
     from svlib.theory import symbolic
 
-__all__ = ["Edge", "FiniteWidth", "Trajectory", "angles", "edge_of_chaos", "finite_width", "maps"]
-__all__ += ["plateau", "symbolic", "trajectory"]
+__all__ = ["Edge", "FiniteWidth", "Trajectory", "angles", "batchnorm", "edge_of_chaos"]
+__all__ += ["finite_width", "limits", "maps", "plateau", "symbolic", "trajectory"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ finite width; it was not found in the literature.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from scipy.interpolate import barycentric_interpolate
 from scipy.special import ndtr, roots_legendre
 
 from svlib import _check
-from svlib.theory import activations, maps
+from svlib.theory import activations, angles, batchnorm, maps
 from svlib.theory.depth import Array, Trajectory
 
 _LEGENDRE, _LEGENDRE_WEIGHTS = roots_legendre(40)
@@ -100,11 +101,11 @@ class _FirstOrder(NamedTuple):
     angles: Array  # N times the first order of the angles in v^2/sigma^2
 
 
-def _first_order(depth: int, rho0: float, slope: float) -> _FirstOrder:
-    """Chapter 3's recursion; U, V, C, D and mu are times N."""
+def _first_order(depth: int, rho0: float, slope: float, start: float = 0.0) -> _FirstOrder:
+    """Chapter 3's recursion; U, V, C, D and mu are times N. U begins at ``start``."""
     decrement = activations.named("leaky_relu", slope).decrement
     gap, lengths = 1 - rho0, 0.0
-    mu = U = V = C = D = 0.0
+    U, mu, V, C, D = start, 0.0, 0.0, 0.0, 0.0
     rows = [(gap, 0.0, 0.0)]
     for _ in range(depth):
         rho = 1 - gap
@@ -129,36 +130,53 @@ def _slope_of(activation: str, negative_slope: float) -> float:
     return 1.0 if activation == "linear" else slope
 
 
+def _sines(gap: Array) -> Array:
+    """Sum of half sin^2(theta) over the layers before each."""
+    return np.concatenate([[0.0], np.cumsum(gap * (2 - gap))[:-1] / 2])
+
+
 def finite_width(
     width: int,
     depth: int,
     *,
     input_cv2: float = 0.0,
+    features: int | None = None,
     rho0: float = 0.0,
     activation: str = "relu",
     negative_slope: float = 0.0,
+    weights: str = "gaussian",
+    normalization: str | None = None,
+    samples: int | None = None,
 ) -> FiniteWidth:
     r"""m^2 and v^2 of networks of width N, as the average of v^2/m^2 to first order in 1/N.
 
     .. math:: \Big\langle\frac{v_l^2}{m_l^2}\Big\rangle\approx\frac{1-\rho_l}{\rho_l}
         +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,
 
-    for ReLU, :math:`\cos\theta_k=\rho_k`. Valid for depths well below N times a few; beyond, the
-    angles die faster than at infinite width, but they hardly count then.
+    for ReLU, :math:`\cos\theta_k=\rho_k`. Valid for depths well below N times a few. Orthogonal
+    weights take :math:`\frac12\sin^2\theta_k` from each term; their r_l is not known, and left out.
+    With normalization ReLU networks of white inputs are meant: for "layer" and "rms" see
+    :func:`_without_lengths`, for "batch" :func:`svlib.theory.batchnorm.first_order`.
 
     Args:
         width: Units N of every layer.
         depth: Number of weight matrices after layer 0, at least 0.
         input_cv2: Squared coefficient of variation of the lengths of layer 0 over inputs: 0 for
-            white noise as layer 0 and for inputs of unit norm, 1/(2 n) for white noise in n
-            dimensions through a first weight matrix, which adds fluctuating angles too, left out
-            here.
+            white noise as layer 0 and for inputs of unit norm.
+        features: Layer 0 is white noise in so many dimensions through a first weight matrix: its
+            lengths and angles fluctuate.
         rho0: Correlation of two inputs, in [0, 1), the same for all pairs.
         activation: "relu", "leaky_relu" or "linear".
         negative_slope: The slope of leaky ReLU.
+        weights: "gaussian" or "orthogonal".
+        normalization: ``None``, "batch", "layer" or "rms".
+        samples: Inputs of a batch under BatchNorm; ``None``: very many.
 
     Returns:
         ``m2`` and ``v2`` in the proportion of that average, with the parts of v2.
+
+    Warns:
+        UserWarning: If the depth is beyond the range of the law.
 
     Examples:
         >>> law = finite_width(100, 49)
@@ -172,17 +190,71 @@ def finite_width(
     if rho == 1:
         raise ValueError("rho0 must be below 1, where inputs have no angle between them, got 1.0")
     cv2 = _check.real("input_cv2", input_cv2, 0)
-
-    gap, lengths, angles = _first_order(depth, rho, slope)
-    spread = cv2 + lengths / width  # over m2
+    _check.choice("weights", weights, ("gaussian", "orthogonal"))
+    if normalization is not None:
+        plain = (slope, rho, cv2, features, weights) == (0.0, 0.0, 0.0, None, "gaussian")
+        return _normalized(width, depth, normalization, samples, plain)
+    if samples is not None:
+        raise ValueError(f"samples must be None without normalization='batch', got {samples!r}")
+    if depth > 4 * width:
+        warnings.warn(f"depth {depth} is beyond the law's range, about 4 x {width}", stacklevel=2)
+    inputs = math.inf if features is None else _check.integer("features", features)
+    found = _first_order(depth, rho, slope, width / inputs)
+    lengths, angles_part = found.lengths, found.angles
+    if weights == "orthogonal":
+        lengths = lengths - _sines(found.gap)
+        angles_part = np.zeros(depth + 1)
+    spread = cv2 + 1 / (2 * inputs) + lengths / width  # over m2
+    gap = found.gap
     angular, radial = gap, (1 - gap) * spread  # these and the next are in units of m2/rho
-    remainder = gap * spread + angles / width
+    remainder = gap * spread + angles_part / width
     total = 1 + radial + remainder
     parts = angular / total, radial / total, remainder / total
     return FiniteWidth(sum(parts, np.zeros(depth + 1)), np.ones(depth + 1), *parts)
 
 
-def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
+def _normalized(width: int, depth: int, kind: str, samples: int | None, plain: bool) -> FiniteWidth:
+    _check.choice("normalization", kind, ("batch", "layer", "rms"))
+    if not plain:
+        raise ValueError(f"normalization must be None for other than plain ReLU, got {kind!r}")
+    if kind != "batch":
+        if samples is not None:
+            raise ValueError(f"samples must be None unless normalization='batch', got {samples!r}")
+        return _without_lengths(width, depth)
+    held = samples is not None and batchnorm.is_held(width, samples)
+    if depth > (limit := batchnorm.onset(width)) and not held:
+        range_ = f"{limit:.0f} layers at width {width}: theory.batchnorm.random_lengths goes on"
+        warnings.warn(f"depth {depth} is beyond the law's range, {range_}", stacklevel=3)
+    parts = batchnorm.first_order(width, depth, samples)
+    return FiniteWidth(sum(parts, np.zeros(depth + 1)), np.ones(depth + 1), *parts)
+
+
+def _without_lengths(width: int, depth: int) -> FiniteWidth:
+    r"""RMSNorm or LayerNorm, in a typical network (the median).
+
+    Lengths are made equal in every layer; one layer's are left. Angles shrink faster than at
+    infinite width, :math:`\ln\epsilon` by :func:`svlib.theory.angles.vanishing_angle`, about 2/N a
+    layer, so that m/v grows as :math:`e^{l/N}`.
+    """
+    shrink = math.exp(float(angles.vanishing_angle(width).mean))
+    decrement = activations.named("relu").decrement
+    gap, gaps, radial = 1.0, [1.0], [0.0]
+    for _ in range(depth):
+        # RMSNorm fixes sum y^2; of relu(y)^2 = (y^2 + y|y|)/2 the second part still fluctuates
+        odd = 3 - (_moments(1 - gap, 0.0).aabb - 1 - 2 * (1 - gap) ** 2)
+        radial.append(odd / 4 / width)
+        gap = (gap - decrement(gap)) * shrink
+        gaps.append(gap)
+    angular = np.array(gaps)
+    parts = angular, (1 - angular) * np.array(radial), np.zeros(depth + 1)
+    total = 1 + parts[1]
+    shares = tuple(part / total for part in parts)
+    return FiniteWidth(sum(shares, np.zeros(depth + 1)), np.ones(depth + 1), *shares)
+
+
+def plateau(
+    *, activation: str = "relu", negative_slope: float = 0.0, weights: str = "gaussian"
+) -> float:
     r"""The limit of N v^2/m^2 at great depth, inputs of equal lengths: 10.65055 for ReLU.
 
     :math:`\sum_k(\frac32-J_{22}(\theta_k))` over all layers from :math:`\theta_0=\pi/2` on. The sum
@@ -193,16 +265,19 @@ def plateau(*, activation: str = "relu", negative_slope: float = 0.0) -> float:
         activation: "relu" or "leaky_relu".
         negative_slope: The slope a of leaky ReLU, not between 0.5 and 2: near 1, where angles stop
             vanishing, the sum comes too slowly near its limit.
+        weights: "gaussian" or "orthogonal", which halves it nearly.
 
     Examples:
-        >>> print(f"{plateau():.9f}")
-        10.650545486
+        >>> print(f"{plateau():.6f} {plateau(weights='orthogonal'):.6f}")
+        10.650545 5.553688
     """
     _check.choice("activation", activation, ("relu", "leaky_relu"))
+    _check.choice("weights", weights, ("gaussian", "orthogonal"))
     slope = _slope_of(activation, negative_slope)
     if 0.5 < slope < 2:
         raise ValueError(f"negative_slope must be outside (0.5, 2), got {slope}")
     layers = [250, 354, 500, 707, 1000, 1414, 2000]
     found = _first_order(layers[-1], 0.0, slope)
-    angles = 2 * np.arcsin(np.sqrt(found.gap[layers] / 2))
-    return float(barycentric_interpolate(angles, found.lengths[layers], 0.0))
+    lengths = found.lengths - (_sines(found.gap) if weights == "orthogonal" else 0.0)
+    theta = 2 * np.arcsin(np.sqrt(found.gap[layers] / 2))
+    return float(barycentric_interpolate(theta, lengths[layers], 0.0))
