@@ -1,7 +1,7 @@
 """What is true at infinite width, and to first order in 1/width.
 
-Numbers stand in ``activations``, ``maps``, ``depth``, ``edge``, ``limits``, ``width``, ``batchnorm``
-and ``angles``, derivations in ``symbolic``.
+Numbers stand in ``activations``, ``maps``, ``depth``, ``edge``, ``limits``, ``width``,
+``batchnorm`` and ``angles``, derivations in ``symbolic``.
 """
 
 from importlib import import_module as _import

@@ -47,13 +47,13 @@ def onset(width: int) -> float:
 
 
 def is_held(width: int, samples: int) -> bool:
-    """Whether a batch damps the lengths before they run away: B below a third of k times the onset.
+    """Whether a batch damps the lengths before they run away: B below k times the onset.
 
     Examples:
-        >>> is_held(1024, 16), is_held(1024, 256)
+        >>> is_held(1024, 32), is_held(1024, 256)
         (True, False)
     """
-    return _check.integer("samples", samples, 2) < DAMPING * onset(width) / 3
+    return _check.integer("samples", samples, 2) < DAMPING * onset(width)
 
 
 def first_order(width: int, depth: int, samples: int | None) -> tuple[Array, Array, Array]:

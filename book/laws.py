@@ -1,0 +1,205 @@
+"""Networks against the laws of chapters 4 and 7: ``python laws.py`` writes the tables.
+
+Names of tables behind it select some: ``python laws.py drift orthogonal``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import svlib as sv
+import xarray as xr
+from svlib.theory import batchnorm
+from svlib.theory.activations import NAMES
+from tqdm import tqdm
+
+import claims
+
+FOLDER = claims.RESULTS / "laws"
+DEPTH = 49
+# without normalization their scale runs away from He's fixed point
+UNSTABLE = ("gelu", "gelu_tanh", "silu", "mish")
+
+
+def mean_and_error(values: xr.DataArray) -> tuple[float, float]:
+    """Over networks."""
+    error = (
+        values.std("network", ddof=1) / values.sizes["network"] ** 0.5
+    )
+    return float(values.mean("network")), float(error)
+
+
+def drift() -> pd.DataFrame:
+    """m²/σ² before BatchNorm, the ratio of averages, and m/v, by layer."""
+    tables = {}
+    for width, networks in {512: 96, 1024: 64, 2048: 32}.items():
+        for batch in (32, 128, 256):
+            record = sv.simulate(
+                width,
+                DEPTH,
+                networks=networks,
+                samples=batch,
+                seed=width + batch,
+                normalization="batch",
+                dtype="float64",
+                method="gram",
+            )
+            total = record.sigma2.mean("network")
+            shared = record.m2.mean("network") / total
+            rest = (record.m2 - shared * record.sigma2) / total
+            found = {
+                "m2": shared.values,
+                "m2_error": [
+                    mean_and_error(rest[:, k])[1]
+                    for k in record.layer.values
+                ],
+            }
+            ratio = [
+                mean_and_error(record.ratio[:, k])
+                for k in record.layer.values
+            ]
+            found["ratio"], found["ratio_error"] = zip(
+                *ratio, strict=True
+            )
+            tables[width, batch] = pd.DataFrame(found)
+            tables[width, batch].insert(0, "networks", networks)
+    return pd.concat(tables, names=["width", "batch", "layer"])
+
+
+def onset() -> pd.DataFrame:
+    """Where the lengths' spread is half as much again as to first order: reduced model."""
+    rows, batch = [], 512
+    for width in (256, 512, 1024, 2048, 4096):
+        depth = int(3 * batchnorm.onset(width))
+        model = batchnorm.random_lengths(
+            width, depth, batch, networks=6, seed=width
+        )
+        base, lengths, _ = batchnorm.first_order(width, depth, batch)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            excess = (1 - base - model) / lengths
+        above = excess > 1.5
+        above[:, :5] = False
+        crossed = above.argmax(1)
+        error = crossed.std(ddof=1) / len(crossed) ** 0.5
+        rows.append((width, batch, crossed.mean(), error))
+    names = ["width", "batch", "depth", "error"]
+    return pd.DataFrame(rows, columns=names).set_index(
+        ["width", "batch"]
+    )
+
+
+def orthogonal() -> pd.DataFrame:
+    """N v²/m² at layer 200 with orthogonal weights."""
+    rows = []
+    for width, networks in {64: 800, 128: 400, 256: 200}.items():
+        record = sv.simulate(
+            width,
+            200,
+            networks=networks,
+            samples=64,
+            seed=width,
+            weights="orthogonal",
+            dtype="float64",
+        )
+        found = mean_and_error(width * record.v2_over_m2[:, 200])
+        law = sv.theory.finite_width(width, 200, weights="orthogonal")
+        rows.append(
+            (width, networks, *found, width * law.v2[200] / law.m2[200])
+        )
+    names = ["width", "networks", "measured", "error", "law"]
+    return pd.DataFrame(rows, columns=names).set_index("width")
+
+
+def norms() -> pd.DataFrame:
+    """Change of ln(v²/m²) a layer, from layer 60 to 160, at width 64."""
+    rows = []
+    for kind in ("rms", "layer"):
+        record = sv.simulate(
+            64,
+            160,
+            networks=400,
+            samples=32,
+            seed=5,
+            normalization=kind,
+            dtype="float64",
+        )
+        logs = np.log(record.v2_over_m2)
+        found = mean_and_error((logs[:, 160] - logs[:, 60]) / 100)
+        law = sv.theory.finite_width(64, 160, normalization=kind)
+        change = np.log(law.v2 / law.m2)
+        rows.append((kind, *found, (change[160] - change[60]) / 100))
+    names = ["normalization", "measured", "error", "law"]
+    return pd.DataFrame(rows, columns=names).set_index("normalization")
+
+
+def scaling() -> pd.DataFrame:
+    """v²/σ² at the end of networks whose slope or branches are scaled with the depth."""
+    rows = []
+    for depth in (50, 100):
+        kinds: dict[str, dict[str, Any]] = {
+            "slope 1 - 1/sqrt(L)": {
+                "activation": "leaky_relu",
+                "negative_slope": 1 - depth**-0.5,
+            },
+            "residual 1/L": {"residual": 1 / depth},
+            "plain ReLU": {},
+        }
+        for name, options in kinds.items():
+            record = sv.simulate(
+                256,
+                depth,
+                networks=100,
+                samples=64,
+                seed=depth,
+                **options,
+            )
+            found = mean_and_error(record.fraction[:, depth])
+            exact = sv.theory.trajectory(depth, **options).fraction[
+                depth
+            ]
+            rows.append((name, depth, *found, exact))
+    names = ["network", "depth", "measured", "error", "infinite width"]
+    return pd.DataFrame(rows, columns=names).set_index(
+        ["network", "depth"]
+    )
+
+
+def activations() -> pd.DataFrame:
+    """v²/σ² at layer 30 of width 512 at He's rule."""
+    rows = []
+    for name in NAMES:
+        norm = "rms" if name in UNSTABLE else None
+        record = sv.simulate(
+            512,
+            30,
+            networks=100,
+            samples=64,
+            seed=3,
+            activation=name,
+            normalization=norm,
+            dtype="float64",
+        )
+        found = mean_and_error(record.fraction[:, 30])
+        scale = float(record.sigma2[:, 30].mean())
+        exact = sv.theory.trajectory(30, activation=name).fraction[30]
+        rows.append((name, norm or "", *found, exact, scale))
+    names = ["activation", "normalization", "measured", "error"]
+    names += ["infinite width", "sigma2"]
+    return pd.DataFrame(rows, columns=names).set_index("activation")
+
+
+TABLES: dict[str, Callable[[], pd.DataFrame]] = {
+    f.__name__: f
+    for f in (drift, onset, orthogonal, norms, scaling, activations)
+}
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name in tqdm(sys.argv[1:] or TABLES):
+        TABLES[name]().to_csv(
+            FOLDER / f"{name}.csv", float_format="%.6g"
+        )
