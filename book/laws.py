@@ -127,11 +127,11 @@ def norms() -> pd.DataFrame:
             normalization=kind,
             dtype="float64",
         )
-        logs = np.log(record.v2_over_m2)
-        found = mean_and_error((logs[:, 160] - logs[:, 60]) / 100)
+        logs = np.log(record.v2_over_m2.sel(layer=[60, 160]))
+        found = mean_and_error((logs[:, 1] - logs[:, 0]) / 100)
         law = sv.theory.finite_width(64, 160, normalization=kind)
-        change = np.log(law.v2 / law.m2)
-        rows.append((kind, *found, (change[160] - change[60]) / 100))
+        change = np.log((law.v2 / law.m2)[[60, 160]])
+        rows.append((kind, *found, (change[1] - change[0]) / 100))
     names = ["normalization", "measured", "error", "law"]
     return pd.DataFrame(rows, columns=names).set_index("normalization")
 

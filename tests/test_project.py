@@ -51,7 +51,8 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "theory.width": "theory.activations theory.angles theory.batchnorm theory.maps theory.depth",
     "theory.angles": "theory.depth",
     "theory.symbolic": "",
-    "theory": "theory.batchnorm theory.limits theory.maps theory.depth theory.edge theory.width theory.angles theory.symbolic",
+    "theory": "theory.batchnorm theory.limits theory.maps theory.depth theory.edge theory.width "
+    "theory.angles theory.symbolic",
     # the wing for models
     "probing": "",
     "probing.operations": "",

@@ -86,9 +86,9 @@ def normalized(covariance: Array) -> Array:
     r"""Covariance after BatchNorm of a batch whose preactivations are Gaussian over units, exactly.
 
     With :math:`\tilde K=U\Lambda U^\top` the covariance about the batch's mean, unit by unit
-    divided by the batch's variance, the new eigenvalues are
-    :math:`B\lambda_k\int_0^\infty\frac{dt}{1+2\lambda_kt}\prod_j(1+2\lambda_jt)^{-1/2}`
-    (Yang et al. 2019).
+    divided by the batch's variance, the new eigenvalues are proportional to
+    :math:`\lambda_k\int_0^\infty\frac{dt}{1+2\lambda_kt}\prod_j(1+2\lambda_jt)^{-1/2}`, and their
+    sum is B (Yang et al. 2019).
 
     Args:
         covariance: (samples, samples), not constant.
@@ -103,10 +103,10 @@ def normalized(covariance: Array) -> Array:
     values = np.maximum(values, 0)
     u = (_X + 1) / 2
     t = 3 / values.sum() * u / (1 - u)
-    weight = 3 / values.sum() * _W / 2 / (1 - u) ** 2
+    weight = _W / (1 - u) ** 2
     product = np.exp(-np.log1p(2 * np.outer(values, t)).sum(0) / 2)
-    new = len(values) * values * (weight * product / (1 + 2 * np.outer(values, t))).sum(1)
-    return np.asarray((vectors * new) @ vectors.T)
+    new = values * (weight * product / (1 + 2 * np.outer(values, t))).sum(1)
+    return np.asarray((vectors * new * (len(new) / new.sum())) @ vectors.T)
 
 
 def random_lengths(width: int, depth: int, samples: int, *, networks: int, seed: int) -> Array:

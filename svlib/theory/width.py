@@ -229,6 +229,13 @@ def _normalized(width: int, depth: int, kind: str, samples: int | None, plain: b
     return FiniteWidth(sum(parts, np.zeros(depth + 1)), np.ones(depth + 1), *parts)
 
 
+def _odd(gap: float) -> float:
+    """(3 - <y|y| y'|y'|>)/2: of 2 relu(y)^2 = y^2 + y|y| a norm fixes the sum of the first part."""
+    sine, cosine = math.sqrt(gap * (2 - gap)), 1 - gap
+    theta = math.atan2(sine, cosine)
+    return sine**2 + (theta * (2 * cosine**2 + 1) - 3 * sine * cosine) / math.pi
+
+
 def _without_lengths(width: int, depth: int) -> FiniteWidth:
     r"""RMSNorm or LayerNorm, in a typical network (the median).
 
@@ -240,9 +247,7 @@ def _without_lengths(width: int, depth: int) -> FiniteWidth:
     decrement = activations.named("relu").decrement
     gap, gaps, radial = 1.0, [1.0], [0.0]
     for _ in range(depth):
-        # RMSNorm fixes sum y^2; of relu(y)^2 = (y^2 + y|y|)/2 the second part still fluctuates
-        odd = 3 - (_moments(1 - gap, 0.0).aabb - 1 - 2 * (1 - gap) ** 2)
-        radial.append(odd / 4 / width)
+        radial.append(_odd(gap) / 2 / width)  # their squared coefficient of variation
         gap = (gap - decrement(gap)) * shrink
         gaps.append(gap)
     angular = np.array(gaps)
