@@ -64,7 +64,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.rows": "probing.calls probing.models probing.operations moments",
     "probing.probe": "probing.calls probing.models probing.rows moments",
     "probing.watch": "probing.models probing.rows",
-    "probing.along": "probing.calls probing.operations theory.maps",
+    "probing.along": "probing.calls probing.operations theory.activations theory.maps",
     "probing.diagnosis": "probing.along probing.calls probing.faults probing.graph "
     "probing.operations probing.probe probing.rows",
     "probing.report": "probing.diagnosis probing.faults probing.along plot",

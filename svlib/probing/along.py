@@ -10,15 +10,16 @@ u = 0.
   positions count as samples, r is divided by the number of parts.
 - (Leaky) ReLU of slope a, on a Gaussian signal, takes q to :math:`\frac{1+a^2}2q` and r/q to
   C(r/q), the correlation map.
+- Another activation on a Gaussian signal takes them to the averages of
+  :mod:`svlib.theory.activations`; what comes out is not Gaussian, until weights follow.
 - BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)), before
   their scale and shift.
-- A sum of independent signals has (q + q', r + r'). Signals are independent if random weights lie
-  between them and all that they have in common.
+- A sum of independent signals has (q + q', r + r'), a product (q q', r r'). Signals are independent
+  if random weights lie between them and all that they have in common.
 
 One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise
-and an approximation for data whose pairs differ. Where a call is beyond this (pooling, attention,
-other activations), theory starts again from the measured values of the next linear or convolutional
-layer.
+and an approximation for data whose pairs differ. Where a call is beyond this (pooling, attention),
+theory starts again from the measured values of the next linear or convolutional layer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import pandas as pd
 
 from svlib.probing import operations as ops
 from svlib.probing.calls import Call
-from svlib.theory import maps
+from svlib.theory import activations, maps
 
 GRADIENTS = 100.0
 """Growth of squared gradients, from output to input, that is reported."""
@@ -40,11 +41,15 @@ _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglect
 
 
 class Signal(NamedTuple):
-    """Mean square, mean product of two inputs, squared mean over units."""
+    """Mean square, mean product of two inputs, squared mean over units; whether it is Gaussian."""
 
     q: float
     r: float
     u: float
+    gaussian: bool = True
+
+
+_UNKNOWN = Signal(math.nan, math.nan, math.nan)
 
 
 def follow(
@@ -69,8 +74,11 @@ def follow(
             return Signal(sigma2, m2, mean2)
         case ops.Sum():
             return _sum(*before)
+        case ops.Product():
+            q, r, u = (a * b for a, b in zip(before[0][:3], before[1][:3], strict=True))
+            return Signal(q, r, u, gaussian=False)
     signal = before[0]
-    q, r, u = signal
+    q, r, u, gaussian = signal
     match operation:
         case ops.Move():
             return signal
@@ -79,9 +87,11 @@ def follow(
             shared = gain * r if units else gain * r / phases
             return Signal(gain * q + bias.square, shared + bias.square, bias.mean2)
         case ops.Relu(slope):
-            return _relu(signal, slope)
+            return _activate("leaky_relu", signal, slope)
+        case ops.Activate(name):
+            return _activate(name, signal)
         case ops.Dropout(keep):
-            return Signal(q / keep, r, u) if keep > 0 else "dropout of everything"
+            return Signal(q / keep, r, u, gaussian) if keep > 0 else "dropout of everything"
         case ops.Affine(pattern=True) if not units:
             return "a pattern over positions"
         case ops.Affine(scale2, shift):
@@ -93,36 +103,39 @@ def follow(
 
 
 def _sum(first: Signal, second: Signal) -> Signal | str:
-    q, r, u = (a + b for a, b in zip(first, second, strict=True))
+    q, r, u = (a + b for a, b in zip(first[:3], second[:3], strict=True))
     meet = math.sqrt(first.u * second.u) > _GAUSSIAN * q
-    return "add of two signals with a mean" if meet else Signal(q, r, u)
+    both = first.gaussian and second.gaussian
+    return "add of two signals with a mean" if meet else Signal(q, r, u, both)
 
 
-def _relu(signal: Signal, slope: float) -> Signal | str:
-    q, r, u = signal
-    if q <= 0 or u > _GAUSSIAN * q:
-        return "relu of a signal that is not Gaussian"
-    rho = min(1.0, max(-1.0, r / q))
-    rho = maps.correlation(rho, activation="leaky_relu", negative_slope=slope)
-    half = q * (1 + slope**2) / 2
-    return Signal(half, half * rho, q * (1 - slope) ** 2 / (2 * math.pi))
+def _activate(name: str, signal: Signal, slope: float = 0.0) -> Signal | str:
+    q, r, u, gaussian = signal
+    if q <= 0 or u > _GAUSSIAN * q or not gaussian:
+        return f"{'relu' if name == 'leaky_relu' else name} of a signal that is not Gaussian"
+    phi = activations.named(name, slope)
+    second = phi.second_moment(q)
+    apart = phi.difference(q, min(2.0, max(0.0, 1 - r / q)))
+    return Signal(second, second - apart, phi.mean(q) ** 2, gaussian=slope == 1)
 
 
 def _affine(signal: Signal, scale2: float, shift: ops.Constant) -> Signal | str:
     """Scale and shift units; silent if both have a mean, because the cross term remains."""
-    q, r, u = (scale2 * part for part in signal)
+    q, r, u = (scale2 * part for part in signal[:3])
     if math.sqrt(u * shift.mean2) > _GAUSSIAN * (q + shift.square):
         return "add of a constant to a signal with a mean"
-    return Signal(q + shift.square, r + shift.square, u + shift.mean2)
+    return Signal(q + shift.square, r + shift.square, u + shift.mean2, signal.gaussian)
 
 
 def _normalize(signal: Signal, norm: ops.Normalize) -> Signal | str:
-    q, r, u = signal
+    q, r, u, gaussian = signal
     removed = {"batch_norm": r, "layer_norm": u, "rms_norm": 0.0}[norm.kind]
     left = q - removed + norm.eps
     if left <= 0:
         return f"{norm.kind} of a constant"
-    normal = Signal((q - removed) / left, (r - removed) / left, max(0.0, u - removed) / left)
+    normal = Signal(
+        (q - removed) / left, (r - removed) / left, max(0.0, u - removed) / left, gaussian
+    )
     return _affine(normal, norm.gamma2, norm.beta)
 
 
@@ -160,7 +173,7 @@ def theory(table: pd.DataFrame, calls: Iterable[Call], *, units: bool) -> pd.Dat
         signals.append(signal)
     rows = []
     for name in table.name:
-        (q, r, _), start = expected.get(name, (Signal(*[math.nan] * 3), "no theory"))
+        (q, r, *_), start = expected.get(name, (_UNKNOWN, "no theory"))
         rows.append((name, r, q - r, q, (q - r) / q if q else math.nan, start))
     return pd.DataFrame(rows, columns=["name", "m2", "v2", "sigma2", "fraction", "start"])
 

@@ -134,7 +134,7 @@ class Recorder(TorchFunctionMode):
         numbers = [self._number[x] for x in mine]
         parents = [self._outputs[number] for number in numbers]
         call, step = _call(name, mine, numbers, parents, made[0], args, kwargs)
-        if isinstance(call.operation, ops.Sum):
+        if isinstance(call.operation, ops.Sum | ops.Product):
             call = replace(call, parents=tuple(map(self._followed, numbers, mine)))
         weighted = name in ops.WEIGHTED
         known = _of_weights(call, len(self.calls), args, kwargs, made[0]) if weighted else None
@@ -212,10 +212,14 @@ def _read(
 ) -> ops.Operation:
     """The operation of a call on signals from outputs of which this is known."""
     if name in ops.SUMS | ops.PRODUCTS | ops.QUOTIENTS:
-        if name not in ops.SUMS or len(mine) != 2 or "alpha" in kwargs:
+        real = all(x.is_floating_point() and x.shape == output.shape for x in mine)
+        if name in ops.QUOTIENTS or len(mine) != 2 or not real or "alpha" in kwargs:
             return ops.arithmetic_of(name, mine, args, kwargs, output)
         dependent = parents[0].origins & parents[1].origins
-        return ops.Beyond("add of dependent signals") if dependent else ops.Sum()
+        if dependent:
+            kind = "add" if name in ops.SUMS else "mul"
+            return ops.Beyond(f"{kind} of dependent signals")
+        return ops.Sum() if name in ops.SUMS else ops.Product()
     x = ops.argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
     if name in ops.WEIGHTED | {"layer_norm", "rms_norm"}:
         if len(mine) > 1 or mine[0] is not x:

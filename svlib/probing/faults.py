@@ -315,7 +315,7 @@ def _constant_beside(graph: Graph, number: int) -> str | None:
 def _rectifies(call: Call) -> bool:
     if isinstance(call.operation, ops.Relu):
         return call.operation.slope == 0
-    return isinstance(call.operation, ops.Beyond) and call.operation.rectifies
+    return isinstance(call.operation, ops.Beyond | ops.Activate) and call.operation.rectifies
 
 
 def _dead(graph: Graph, table: pd.DataFrame) -> Iterator[Fault]:

@@ -84,6 +84,18 @@ class Relu:
 
 
 @dataclass(frozen=True)
+class Activate:
+    """Another activation that theory knows, by its name in ``svlib.theory.activations``."""
+
+    name: str
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether negative entries become 0."""
+        return self.name == "relu6"
+
+
+@dataclass(frozen=True)
 class Affine:
     """Multiplication by constants of mean square ``scale2``, then addition of ``shift``.
 
@@ -122,6 +134,11 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product of two independent signals, as in gated units."""
+
+
+@dataclass(frozen=True)
 class Move:
     """Entries are moved and stay what they are."""
 
@@ -140,7 +157,8 @@ class Beyond:
 
 
 Operation = (
-    Input | Weights | Relu | Affine | Normalize | Dropout | Sum | Move | Measured | Beyond
+    Input | Weights | Relu | Activate | Affine | Normalize | Dropout | Sum | Product | Move
+    | Measured | Beyond
 )  # fmt: skip
 
 
@@ -177,13 +195,26 @@ def operation_of(name: str, args: Any, kwargs: Any) -> Operation:
     if name == "rms_norm":
         eps = float(argument(3, "eps") or 0.0)
         return Normalize("rms_norm", _mean_square(argument(2, "weight"), 1.0), eps=eps)
-    return Beyond(name, rectifies=_rectifies(name, argument))
+    known = _activation(name, argument)
+    return Activate(known) if known else Beyond(name, rectifies=_rectifies(name, argument))
+
+
+def _activation(name: str, argument: Callable[..., Any]) -> str | None:
+    """The name under which theory knows an activation, if its parameters are the usual ones."""
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}[argument(1, "approximate", "none")]
+    if name in ("hardtanh", "clamp", "clip"):
+        names = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
+        ends = argument(1, names[0], -1.0), argument(2, names[1], 1.0)
+        return {(-1.0, 1.0): "hardtanh", (0.0, 6.0): "relu6"}.get(ends)
+    if name in ("elu", "softplus"):
+        return name if argument(1, "alpha" if name == "elu" else "beta", 1.0) == 1 else None
+    plain = ("tanh", "sigmoid", "silu", "mish", "selu", "relu6", "erf")
+    return name if name in plain else {"sin": "sine"}.get(name)
 
 
 def _rectifies(name: str, argument: Callable[..., Any]) -> bool:
     """Whether negative entries become 0: then units that are never positive pass nothing."""
-    if name == "relu6":
-        return True
     if name == "hardtanh":
         return bool(argument(1, "min_val", -1.0) == 0)
     if name == "threshold":

@@ -69,6 +69,12 @@ class Activation:
             return q * (1 + self.slope**2) / 2
         return self._average(lambda a, h: self.function(a) ** 2, q, 0.0)
 
+    def mean(self, q: float) -> float:
+        """<phi(u)> for u of variance q."""
+        if self.slope is not None:
+            return math.sqrt(q / (2 * math.pi)) * (1 - self.slope)
+        return self._average(lambda a, h: self.function(a), q, 0.0)
+
     def difference(self, q: float, epsilon: float) -> float:
         """Half the mean square of phi(u_1) - phi(u_2) for a correlation of 1 - epsilon."""
         if self.slope is not None:
