@@ -1,0 +1,211 @@
+"""Batches of every form, the axis along which their inputs lie, and what a pass leaves behind."""
+
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import svlib as sv
+from tests.test_probing import by_hand, gaussian
+
+
+class Net(nn.Module):
+    """A module whose forward pass is a function of itself and its arguments."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+class One(Net):
+    """The same, of one argument."""
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self, x)
+
+
+def linear(inputs: int = 8, outputs: int = 5) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(inputs))
+    return layer
+
+
+@dataclass
+class Record:
+    name: str
+    features: torch.Tensor
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Graph:
+    """Nodes and edges as graph libraries hold them: neither a mapping nor a dataclass."""
+
+    def __init__(self, x: torch.Tensor, edges: torch.Tensor) -> None:
+        self.edges, self.store = edges, {"x": x}
+
+    def keys(self) -> list[str]:
+        return list(self.store)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.store[key]
+
+
+def v2_of(y: torch.Tensor) -> float:
+    return by_hand(y.detach(), y.ndim - 1)[1]
+
+
+X = gaussian(30, 8)
+EDGES = torch.randint(30, (2, 90), generator=torch.Generator().manual_seed(0))
+CALLED: dict[str, tuple[Any, Callable[[Any, Any], Any], int | None]] = {
+    "dataclass": (Record("a", X), lambda model, batch: model(batch.features), None),
+    "mapping": (UserDict(x=X), lambda model, batch: model(batch["x"]), None),
+    "named tuple": (Pair(X, X), lambda model, batch: model(batch.second), None),
+    "list as one argument": ([list(X)], lambda model, batch: model(torch.stack(batch)), 30),
+    "graph": ([Graph(X, EDGES)], lambda model, batch: model(batch["x"]), 30),
+    "words": ([["a", "b"]], lambda model, batch: model(X[: len(batch)]), 2),
+    "sparse": (X.to_sparse(), lambda model, batch: model(batch.to_dense()), None),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_function_calls_the_model(name: str) -> None:
+    batches, call, inputs = CALLED[name]
+    layer = linear()
+    samples = inputs or 30
+    table = sv.probe(layer, batches, call=call, inputs=inputs)
+    assert table.samples.tolist() == [samples]
+    assert table.v2[0] == pytest.approx(v2_of(layer(X[:samples])), rel=1e-6)
+    found = sv.explain(layer, batches, call=call, inputs=inputs)
+    assert (found.theory.start.tolist() == ["input"]) is (name != "words")
+    growth = sv.probe_gradients(
+        layer, batches[0] if isinstance(batches, list) else batches, seed=0, call=call
+    )
+    assert growth.gradient2.tolist() == [1.0]
+    if name != "words":  # too few for five units
+        done = sv.init.sample_(layer, batches, call=call, inputs=inputs, gradients=True)
+        assert done.v2_after[0] == pytest.approx(1, rel=1e-4)
+
+
+def test_a_function_gets_a_copy() -> None:
+    def call(model: nn.Module, batch: Record) -> Any:
+        batch.name = "changed"
+        return model(batch.features.mul_(2))
+
+    record = Record("a", X.clone())
+    sv.probe(linear(), [record], call=call)
+    assert record.name == "a"
+    assert torch.equal(record.features, X)
+
+
+def test_a_loop_over_time_steps_has_rows_by_step() -> None:
+    cell, x = nn.RNNCell(8, 6), gaussian(20, 3, 8)
+
+    def run(model: nn.Module, batch: torch.Tensor) -> Any:
+        state = torch.zeros(len(batch), 6)
+        for step in range(batch.shape[1]):
+            state = model(batch[:, step], state)
+        return state
+
+    table = sv.probe(cell, x, layers="all", call=run)
+    assert table.name.tolist() == ["", " (2)", " (3)"]
+    assert table.v2.iloc[-1] == pytest.approx(v2_of(run(cell, x)), rel=1e-6)
+
+
+def test_the_number_of_inputs_can_be_given() -> None:
+    images = list(gaussian(8, 3, 6, 6))
+    model = One(lambda self, x: self.layer(torch.stack(x)), layer=nn.Conv2d(3, 4, 3))
+    expected = by_hand(model.layer(torch.stack(images)).detach(), 1)[1]
+    table = sv.probe(model, [(images,)], inputs=8)
+    assert table.samples[0] == 8
+    assert table.v2[0] == pytest.approx(expected, rel=1e-6)
+    assert len(sv.probe(model, [(images,)], inputs=8, layers="all")) == 2
+    graph = Net(lambda self, edges, x: self.layer(x[edges[0]][:30]), layer=linear())
+    assert sv.probe(graph, (EDGES, X), inputs=30).samples[0] == 30
+    with pytest.raises(ValueError, match=r"a list of 8 tensors alike .* \[\(items,\)\]"):
+        sv.probe(model, [images], inputs=8)
+    with pytest.raises(ValueError, match="inputs must be at least 1"):
+        sv.probe(linear(), X, inputs=0)
+    with pytest.raises(TypeError, match="call must be a function of model and batch"):
+        sv.probe(linear(), X, call=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="inputs must say how many there are in a batch, got list"):
+        sv.probe(linear(), [["a"]], call=lambda model, batch: model(X))
+    with pytest.raises(TypeError, match="a function call= of model and batch takes any"):
+        sv.probe(linear(), [Record("a", X)])
+
+
+def test_init_joins_batches_where_it_can() -> None:
+    model = One(lambda self, batch: self.layer(batch["x"] * batch["t"]), layer=linear())
+    halves = [{"x": part, "t": torch.tensor(2.0)} for part in X.split(15)]
+    done = sv.init.sample_(model, halves, call=lambda model, batch: model(batch))
+    assert done.v2_after[0] == pytest.approx(1, rel=1e-4)
+    images = [[list(part)] for part in X.split(15)]
+    with pytest.raises(ValueError, match=r"to be joined, got .* in the first: give one batch"):
+        sv.init.sample_(
+            linear(), images, inputs=15, call=lambda model, batch: model(torch.stack(batch[0]))
+        )
+
+
+def test_chunks_of_a_tensor_are_not_arguments() -> None:
+    layer = linear()
+    for chunks in (X.split(15), X.split(20)):  # the last is shorter
+        for use in (sv.probe, sv.explain, sv.init.sample_):
+            with pytest.raises(ValueError, match=r"give list\(batches\) for several batches"):
+                use(layer, chunks)
+        assert sv.probe(layer, list(chunks)).samples[0] == 30
+    labelled = [(X, torch.zeros(30)), (X, torch.zeros(30).long()), (X, X.double())]
+    for batch in labelled:
+        assert sv.probe(layer, batch).samples[0] == 30
+    assert sv.probe(layer, [(X, X)]).samples[0] == 30  # of a loader: an input and its target
+
+
+def test_arguments_without_dimensions_are_passed_on() -> None:
+    model = Net(lambda self, t, x: self.layer(x * t), layer=linear())
+    for batch in ({"t": torch.tensor(2.0), "x": X}, (torch.tensor(2.0), X)):
+        table = sv.probe(model, batch, layers="all")
+        assert table.v2.iloc[-1] == pytest.approx(v2_of(model.layer(2 * X)), rel=1e-6)
+
+
+def test_the_model_decides_on_types() -> None:
+    casting = One(lambda self, x: self.layer(x.bfloat16()), layer=linear().bfloat16())
+    assert len(sv.probe(casting, X)) == 1
+    with pytest.raises(
+        TypeError, match=r"^batches must be of the model's torch.bfloat16, got torch.float32.*\)$"
+    ):
+        sv.probe(linear().bfloat16(), X)
+    with pytest.raises(TypeError, match=r"model's torch.float32, got torch.float64"):
+        sv.init.total_(nn.Conv1d(3, 2, 1), gaussian(4, 3, 8).double())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_sparse_and_nested_inputs_are_refused_in_one_line() -> None:
+    kinds = [
+        X.to_sparse(),
+        X.to_sparse_csr(),
+        torch.nested.as_nested_tensor(list(X)),
+        torch.nested.nested_tensor(list(X), layout=torch.jagged),
+    ]
+    for x in kinds:
+        with pytest.raises(TypeError, match=r"^batches must hold dense tensors, got .*call=$"):
+            sv.probe(linear(), x)
+    nested = torch.nested.nested_tensor(list(X))
+    padded = sv.probe(linear(), nested, call=lambda model, x: model(x.to_padded_tensor(0.0)))
+    assert padded.samples[0] == 30
+    graph = Net(lambda self, x, a: self.layer(a @ x), layer=linear())
+    adjacency = torch.eye(30).to_sparse()
+    assert sv.probe(graph, (X, adjacency)).samples[0] == 30
