@@ -1,7 +1,9 @@
 """Batches of every form, the axis along which their inputs lie, and what a pass leaves behind."""
 
+import copy
 from collections import UserDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -209,3 +211,94 @@ def test_sparse_and_nested_inputs_are_refused_in_one_line() -> None:
     graph = Net(lambda self, x, a: self.layer(a @ x), layer=linear())
     adjacency = torch.eye(30).to_sparse()
     assert sv.probe(graph, (X, adjacency)).samples[0] == 30
+
+
+class Spiking(nn.Module):
+    """Holds a membrane and other state in plain attributes."""
+
+    def __init__(self, error: type[BaseException] | None = None) -> None:
+        super().__init__()
+        self.layer, self.error = linear(), error
+        self.mem, self.written = torch.zeros(1), torch.zeros(5)
+        self.cache: dict[str, Any] = {"keys": [torch.ones(2)], "old": (torch.zeros(3),)}
+        self.steps, self.nothing = 0, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        self.mem, self.steps, self.new = 0.9 * self.mem + y, self.steps + 1, y
+        self.written += y.mean(0)
+        self.cache["keys"].append(y)
+        self.cache["old"][0].add_(1)
+        self.cache["more"] = y
+        if self.error is not None:
+            raise self.error("half-way")
+        return self.mem
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_plain_attributes_come_back(error: type[BaseException] | None) -> None:
+    model = Spiking(error)
+    before, kept = dict(vars(model)), copy.deepcopy(vars(model))
+    for use in (sv.probe, sv.explain, sv.init.total_):
+        with nullcontext() if error is None else pytest.raises(error):
+            use(model, X)
+        after = vars(model)
+        assert after.keys() == before.keys()
+        assert [name for name in before if after[name] is not before[name]] == []
+        for name in ("mem", "written", "cache", "steps", "nothing"):
+            torch.testing.assert_close(after[name], kept[name], rtol=0, atol=0)
+
+
+def test_state_of_a_model_does_not_change_what_init_sees() -> None:
+    model = Spiking()
+    assert sv.init.sample_(model, X).v2_after[0] == pytest.approx(1, rel=1e-4)
+    model(X[:7])  # would fail with a membrane of 30 inputs
+
+
+def forces(model: Any, x: torch.Tensor) -> torch.Tensor:
+    energy = model.last(torch.tanh(model.layer(model.count(x.requires_grad_()))))
+    return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        assert self.calls == 1
+        return x
+
+
+@pytest.mark.parametrize("layers", [None, "all"])
+def test_models_that_differentiate(layers: str | None) -> None:
+    model = One(forces, count=Counts(), layer=linear(), last=linear(5, 3))
+    table = sv.explain(model, X, layers=layers).table.set_index("name")
+    y = model.layer(X)
+    assert table.samples["layer"] == 30
+    assert table.v2["layer"] == pytest.approx(v2_of(y), rel=1e-6)
+    assert table.v2["last"] == pytest.approx(v2_of(model.last(torch.tanh(y))), rel=1e-6)
+    assert not X.requires_grad
+
+
+def test_parameters_get_no_gradient() -> None:
+    def trained(model: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = model.layer(x)
+        with torch.enable_grad():
+            y.square().mean().backward()
+        return y
+
+    model = One(trained, layer=linear())
+    held = model.layer.bias.grad = torch.ones(5)
+    sv.probe(model, X)
+    assert model.layer.weight.grad is None
+    assert model.layer.bias.grad is held
+    assert (held == 1).all()
+    failing = One(lambda model, x: torch.linalg.cholesky(model.layer(x)), layer=linear())
+    with pytest.raises(RuntimeError, match="square"):
+        sv.probe(failing, X)

@@ -50,7 +50,8 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     # the wing for models
     "probing": "",
     "probing.operations": "",
-    "probing.models": "",
+    "probing.attributes": "",
+    "probing.models": "probing.attributes",
     "probing.batches": "probing.models",
     "probing.norms": "probing.operations",
     "probing.calls": "probing.models probing.norms probing.operations",

@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from svlib.probing.attributes import restored_attributes
+
 Layer = nn.Linear | _ConvNd
 OnOutput = Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]
 Dimensions = tuple[int, int, tuple[int, ...]]
@@ -168,8 +170,8 @@ def same_generators(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model uncompiled, without gradients and on copies of its buffers.
 
-    On exit, even after an error, it has its own buffers (BatchNorm's running statistics) again, and
-    random states are as before.
+    On exit, even after an error, it has its own buffers (BatchNorm's running statistics), plain
+    attributes and gradients of parameters again, and random states are as before.
     """
     # modules of TorchScript have no dictionary of buffers
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
@@ -177,12 +179,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = [module for module in model.modules() if module not in scripted]
     own = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
     copies: dict[int, torch.Tensor] = {}
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     compiling = "torch._dynamo" in sys.modules  # hooks inside a compiled model do not run
     eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
     fast = torch.backends.mha.get_fastpath_enabled()  # which goes round layers and their hooks
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with same_generators(model), torch.no_grad(), eager:
+        with same_generators(model), restored_attributes(modules), torch.no_grad(), eager:
+            for parameter, _ in grads:
+                parameter.grad = None  # else a backward pass inside would add to it
             for module in modules:
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
@@ -193,6 +198,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+        for parameter, grad in grads:
+            parameter.grad = grad
         for module, buffers, transient in own:
             module._buffers.clear()
             module._buffers.update(buffers)

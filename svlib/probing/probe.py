@@ -7,6 +7,7 @@ r"""Measure m^2 and v^2 in any torch model, layer by layer in execution order, w
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from svlib._random import stream
-from svlib.probing.batches import Caller, Reading, as_batches
+from svlib.probing.batches import Batch, Caller, Reading, as_batches
 from svlib.probing.calls import Call
 from svlib.probing.models import (
     first_floating,
@@ -41,22 +42,31 @@ def measure(
     With ``directions`` there is a column ``cosine``, the mean cosine of two inputs, NaN where
     positions count as samples.
     """
-    rows = Rows(layers, positions, directions=directions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     weighted = weighted_layers(model) if layers is None else {}
-    calls: tuple[Call, ...] = ()
-    samples = 0
-    with untouched(model):
-        for read in as_batches(model, batches, reading):
-            batch = read.copied(model)
-            samples += batch.samples
-            forward = Pass(model, rows, batch.samples)
-            given = (batch.args, batch.kwargs)
-            with forward.watching(given, layers, record=record and not calls):
-                forward.returned(batch.run(model))
-            calls = calls or forward.calls
-            rows.refuse()
+    listed = as_batches(model, batches, reading)
+    first: list[Batch] = []
+    for gradients in (False, True):
+        rows = Rows(layers, positions, directions=directions)
+        calls: tuple[Call, ...] = ()
+        samples = 0
+        try:
+            with untouched(model), torch.set_grad_enabled(gradients):
+                for read in chain(first, listed):
+                    first = first or [read]
+                    batch = read.copied(model)
+                    forward = Pass(model, rows, batch.samples)
+                    given = (batch.args, batch.kwargs)
+                    with forward.watching(given, layers, record=record and not calls):
+                        forward.returned(batch.run(model))
+                    samples += batch.samples
+                    calls = calls or forward.calls
+                    rows.refuse()
+            break
+        except RuntimeError as error:  # of a model that differentiates in its forward pass
+            if gradients or samples or "does not require grad" not in str(error):
+                raise
     if samples < 2:
         raise ValueError(f"batches must hold at least 2 inputs, got {samples or 'none'}")
     if not rows.names():

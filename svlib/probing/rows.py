@@ -67,7 +67,7 @@ class _Row:
         y = y.flatten(1) if self._flat else y
         self.moments.update(y)
         if self._directions:
-            unit = nn.functional.normalize(y.double(), dim=1)
+            unit = nn.functional.normalize(y.detach().double(), dim=1)
             self._count += int((unit != 0).any(1).sum())
             self._sum = self._sum + unit.sum(0).cpu()
 
