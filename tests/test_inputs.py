@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import svlib as sv
-from tests.test_probing import by_hand, gaussian
+from tests.test_probing import by_hand, by_hand_of_any, gaussian
 
 
 class Net(nn.Module):
@@ -302,3 +302,100 @@ def test_parameters_get_no_gradient() -> None:
     failing = One(lambda model, x: torch.linalg.cholesky(model.layer(x)), layer=linear())
     with pytest.raises(RuntimeError, match="square"):
         sv.probe(failing, X)
+
+
+def along_time(layer: nn.Module) -> nn.Module:
+    return One(lambda self, x: self.layer(x.transpose(0, 1)).transpose(0, 1), layer=layer)
+
+
+SEQUENCES = torch.linspace(-3, 3, 20)[None, :, None] + 0.1 * gaussian(20, 20, 4)
+INNER: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "transpose": lambda self, x: self.layer(x.transpose(0, 1)).transpose(0, 1),
+    "permute": lambda self, x: self.layer(x.permute(1, 0, 2)),
+    "mT": lambda self, x: self.layer(x.permute(2, 0, 1).mT.movedim(0, 2)),
+    "einsum": lambda self, x: self.layer(torch.einsum("btf->tbf", x)),
+    "merged": lambda self, x: self.layer(x.transpose(0, 1).reshape(400, 4).view(20, 20, 4)),
+    "cut": lambda self, x: self.layer(torch.stack(x.unbind(1))),
+    "joined": lambda self, x: self.layer(torch.cat(x.transpose(0, 1).chunk(2))),
+    "back": lambda self, x: self.layer(x.mT.transpose(0, 2).contiguous().mT),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("layers", [None, "all"])
+def test_inputs_are_followed_where_sizes_do_not_tell(name: str, layers: str | None) -> None:
+    model = One(INNER[name], layer=linear(4, 5))
+    y = model.layer(SEQUENCES).detach()
+    m2, v2 = by_hand_of_any(y.numpy(), 2, "units")
+    for positions, inputs in (("units", 20), ("samples", 20), ("units", 12)):
+        x = SEQUENCES[:inputs] if inputs == 20 or name != "merged" else SEQUENCES
+        m2, v2 = by_hand_of_any(y[: len(x)].numpy(), 2, positions)
+        table = sv.probe(model, x, layers=layers, positions=positions)
+        row = table[table.name == "layer"].iloc[0]
+        assert row.v2 == pytest.approx(v2, rel=1e-4)
+        assert row.m2 == pytest.approx(m2, rel=1e-4)
+        assert row["shape"] == (20, 5)
+        assert row.samples == len(x)
+
+
+def test_init_follows_the_inputs() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.layer(x.transpose(0, 1))))
+
+    def made() -> One:
+        return One(forward, layer=linear(4, 30), last=linear(30, 5))
+
+    for x in (SEQUENCES, SEQUENCES[:12]):
+        model, plain = made(), made()
+        plain.function = lambda self, x: self.last(torch.relu(self.layer(x)))
+        for net in (model, plain):
+            table = sv.init.sample_(net, x)
+        torch.testing.assert_close(model.state_dict(), plain.state_dict())
+        assert table.v2_after.tolist() == pytest.approx([1, 1], rel=1e-3)
+
+
+def test_inputs_that_are_not_first_can_be_counted() -> None:
+    lstm = nn.LSTM(4, 6)
+    x = gaussian(7, 12, 4)
+    table = sv.probe(lstm, x, inputs=12, layers="all", positions="units")
+    output, (hidden, _) = lstm(x)
+    assert table.name.tolist() == ["[0]", "[1][0]", "[1][1]"]
+    for y, v2 in zip((output, hidden), table.v2, strict=False):
+        expected = by_hand_of_any(y.detach().transpose(0, 1).numpy(), 2, "units")[1]
+        assert v2 == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_cannot_be_followed_has_no_row() -> None:
+    def mixed(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.reshape(4, 5, 20, 4).transpose(1, 2).reshape(20, 20, 4)) + self.other(x)
+
+    model = One(mixed, layer=linear(4, 5), other=linear(4, 5))
+    with pytest.warns(UserWarning, match="a dimension that could not be followed: layer"):
+        assert sv.probe(model, SEQUENCES).name.tolist() == ["other"]
+    with pytest.raises(ValueError, match="layer 'layer' must show which dimension"):
+        sv.init.total_(model, SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LSTM(8, 8),
+        nn.GRU(8, 8),
+        nn.RNN(8, 8),
+        nn.TransformerEncoderLayer(8, 2, 16),
+        nn.MultiheadAttention(8, 2),
+    ],
+)
+def test_sequences_over_inputs_are_named(module: nn.Module) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        given = [x] * 3 if isinstance(self.inner, nn.MultiheadAttention) else [x]
+        found = self.inner(*given)
+        return self.head(found[0] if isinstance(found, tuple) else found)
+
+    model = One(forward, inner=module, head=linear(8, 2))
+    message = r"1 modules run over the first dimension, .* \(batch_first=False.*: inner"
+    with pytest.warns(UserWarning, match=message):
+        sv.probe(model, gaussian(6, 5, 8), layers=["head"])
+    model.function = lambda self, x: forward(self, x.transpose(0, 1))
+    for inputs in (5, 6):  # and no warning
+        assert sv.probe(model, gaussian(inputs, 5, 8), layers=["head"]).samples[0] == inputs

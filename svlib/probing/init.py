@@ -35,6 +35,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from svlib import _check
 from svlib.moments import Decomposition, decompose
 from svlib.probing.along import GRADIENTS, gradient_growth, uses_batch_statistics
+from svlib.probing.axes import Axes
 from svlib.probing.batches import Batch, Caller, Reading, as_batches
 from svlib.probing.calls import Call
 from svlib.probing.models import (
@@ -168,8 +169,10 @@ def _initialize(
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before, _ = _measured(model, batch, gradients)
     try:
-        with untouched(model), hooked(layers, setter.on_output(batch.samples)):
-            batch.copied(model).run(model)
+        copied = batch.copied(model)
+        axes = Axes(copied.tensors(), batch.samples)
+        with untouched(model), hooked(layers, setter.on_output(batch.samples, axes)), axes:
+            copied.run(model)
         if missed := setter.missed():
             wanted = "must be called in the model's forward pass or be frozen"
             raise ValueError(f"layer {missed[0]!r} {wanted}, got no call")
@@ -209,9 +212,9 @@ class _Setter:
         return [name for name in self._layers if not self._calls[name] and name not in self._left]
 
     def on_output(
-        self, samples: int
+        self, samples: int, axes: Axes
     ) -> Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]:
-        """What to do with an output of a layer, given the number of inputs."""
+        """What to do with an output of a layer, given the number of inputs and where they lie."""
 
         def set_(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
             weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
@@ -223,7 +226,7 @@ class _Setter:
             if name in self._left or shared:
                 self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"
                 return y
-            sample, unit, positions = dimensions(name, layer, y, samples)
+            sample, unit, positions = dimensions(name, layer, y, samples, axis=axes.of(y))
             shift, scale = self._parts(decompose(y, sample, unit, positions))
             shift, scale = shift.to(y), scale.to(y)
             if bad := int((~((scale > 0) & scale.isfinite())).sum()):
@@ -238,7 +241,9 @@ class _Setter:
             else:
                 bias.copy_((bias - shift) / scale)
             torch.clear_autocast_cache()  # which holds the weights of before
-            return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
+            new = (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
+            axes.replace(y, new)
+            return new
 
         return set_
 

@@ -32,7 +32,11 @@ DEPTH = 3  # of objects inside objects that a batch may hold its tensors in
 
 
 class MergedInputsError(ValueError):
-    """An output does not keep the inputs apart along its first dimension."""
+    """An output does not keep the inputs apart along a dimension."""
+
+
+class LostInputsError(MergedInputsError):
+    """Several dimensions of an output may be that of the inputs."""
 
 
 def tensors(value: Any, name: str = "", *, objects: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -121,14 +125,20 @@ def row_name(name: str, call: int) -> str:
 
 
 def dimensions(
-    name: str, layer: nn.Module | None, y: torch.Tensor, samples: int, unit: int | None = None
+    name: str,
+    layer: nn.Module | None,
+    y: torch.Tensor,
+    samples: int,
+    unit: int | None = None,
+    axis: int | None = 0,
 ) -> Dimensions:
     """(sample, unit, position) dimensions of an output, as :func:`svlib.decompose` takes them.
 
-    ``unit`` is the unit dimension of the latest output of this shape.
+    ``unit`` is the unit dimension of the latest output of this shape, ``axis`` that of the inputs,
+    if it is known.
 
     Raises:
-        MergedInputsError: If the first dimension does not have the size of the batch.
+        MergedInputsError: If that dimension does not have the size of the batch.
         ValueError: If a convolution's output has no dimension for the inputs.
     """
     shape = tuple(y.shape)
@@ -138,18 +148,22 @@ def dimensions(
     if y.ndim < 2:
         wanted = "(inputs, features)"
         raise ValueError(f"layer {name!r} must see a batch {wanted}, its output has shape {shape}")
-    if len(y) != samples:
-        kept = f"must keep the {samples} inputs of a batch apart"
-        raise MergedInputsError(f"layer {name!r} {kept}, its output has shape {shape}")
+    if axis is None:
+        reason = f"must show which dimension is that of the {samples} inputs"
+        raise LostInputsError(f"layer {name!r} {reason}, its output has shape {shape}")
     pooled = "pool" in (name.split("/")[-1] if layer is None else type(layer).__name__).lower()
     images = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1
+    others = [dim for dim in range(y.ndim) if dim != axis]
     if pooled or images or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
         unit = 1
     elif isinstance(layer, nn.Linear | nn.LayerNorm):
         unit = y.ndim - 1
-    elif unit is None:
-        unit = 1 if y.ndim > 3 else y.ndim - 1
-    return 0, unit, tuple(dim for dim in range(1, y.ndim) if dim != unit)
+    elif unit in (None, axis):
+        unit = others[0] if y.ndim > 3 else others[-1]
+    if y.shape[axis] != samples or unit == axis:
+        kept = f"must keep the {samples} inputs of a batch apart"
+        raise MergedInputsError(f"layer {name!r} {kept}, its output has shape {shape}")
+    return axis, unit, tuple(dim for dim in others if dim != unit)
 
 
 @contextmanager
