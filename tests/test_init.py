@@ -110,11 +110,10 @@ def constant_units() -> nn.Module:
 class FailsTheSecondTime(nn.Module):
     """Raises after the layers before it have been changed."""
 
-    calls = 0
+    calls = iter([1, 2])  # of the class: attributes of the module are restored after every pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        if self.calls == 2:
+        if next(self.calls) == 2:
             raise RuntimeError("half-way")
         return x
 

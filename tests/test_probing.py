@@ -16,7 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
 from svlib._random import stream
-from svlib.probing.models import as_batches, weighted_layers
+from svlib.probing.batches import as_batches
+from svlib.probing.models import weighted_layers
 from svlib.probing.rows import Pass, Rows
 from svlib.theory import maps
 from tests import models

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from svlib.probing import operations as ops
-from svlib.probing.models import tensors
+from svlib.probing.models import DEPTH, tensors
 from svlib.probing.norms import Note, note
 
 
@@ -248,12 +248,13 @@ def inputs_of(
     args = args if isinstance(args, list | tuple) else (args,)
     names = [*named[: len(args)], *(f"argument {n}" for n in range(len(named), len(args)))]
     for name, value in (*zip(names, args, strict=False), *dict(kwargs).items()):
-        for where, x in tensors(value):
+        for where, x in tensors(value, objects=DEPTH):
             yield _described(f"{name}{where}", x, samples), x
 
 
 def _described(name: str, x: torch.Tensor, samples: int) -> ops.Input:
-    if x.layout is not torch.strided or x.is_complex() or x.ndim == 0 or len(x) != samples:
+    plain = x.layout is torch.strided and not x.is_nested and not x.is_complex()
+    if not plain or x.ndim == 0 or len(x) != samples:
         return ops.Input(name, varies=x.ndim > 0)
     varies = samples < 2 or not bool((x == x[:1]).all())
     padding = _padding(x) if varies and x.ndim in (2, 3) and x.shape[1] > 3 else 0.0

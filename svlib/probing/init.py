@@ -35,18 +35,16 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from svlib import _check
 from svlib.moments import Decomposition, decompose
 from svlib.probing.along import GRADIENTS, gradient_growth, uses_batch_statistics
+from svlib.probing.axes import Axes
+from svlib.probing.batches import Batch, Caller, Reading, as_batches
 from svlib.probing.calls import Call
 from svlib.probing.models import (
-    Batch,
-    as_batches,
     dimensions,
     hooked,
     is_transposed,
-    mapped,
     named_modules,
     row_name,
     same_generators,
-    tensors,
     untouched,
     weighted_layers,
 )
@@ -61,7 +59,13 @@ Parts = Callable[[Decomposition], tuple[torch.Tensor, torch.Tensor]]
 
 
 def total_(
-    model: nn.Module, batches: Any, *, centred: bool = False, gradients: bool = False
+    model: nn.Module,
+    batches: Any,
+    *,
+    centred: bool = False,
+    gradients: bool = False,
+    inputs: int | None = None,
+    call: Caller | None = None,
 ) -> pd.DataFrame:
     """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
 
@@ -75,6 +79,8 @@ def total_(
         centred: Subtract one mean per layer from the biases first, in another reading of what the
             paper compares sample init with.
         gradients: Measure squared gradients as well, by a backward pass before and one after.
+        inputs: As in :func:`svlib.probe`.
+        call: As in :func:`svlib.probe`.
 
     Returns:
         One row per call of a layer: ``name``, ``type``, ``done``, and m2, v2, ratio (on request
@@ -94,10 +100,18 @@ def total_(
         [1.0, 1.0, 1.0, 1.0]
     """
     _check.choice("centred", centred, (True, False))
-    return _initialize(model, batches, _layer if centred else _total, gradients)[0]
+    parts, reading = _layer if centred else _total, Reading(inputs, call)
+    return _initialize(model, batches, parts, gradients, reading)[0]
 
 
-def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.DataFrame:
+def sample_(
+    model: nn.Module,
+    batches: Any,
+    *,
+    gradients: bool = False,
+    inputs: int | None = None,
+    call: Caller | None = None,
+) -> pd.DataFrame:
     """Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
 
     Arguments, table and errors are those of :func:`total_`; a unit without variance is an error
@@ -115,7 +129,7 @@ def sample_(model: nn.Module, batches: Any, *, gradients: bool = False) -> pd.Da
         >>> print(table.v2_after.round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
     """
-    table, calls = _initialize(model, batches, _sample, gradients)
+    table, calls = _initialize(model, batches, _sample, gradients, Reading(inputs, call))
     means_left = table[(table.done == _SET_WITHOUT_BIAS) & (table.ratio_after > 1)]
     if len(means_left) and not any(map(uses_batch_statistics, calls)):
         worst = means_left.sort_values("ratio_after").iloc[-1]
@@ -144,19 +158,21 @@ def _sample(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _initialize(
-    model: nn.Module, batches: Any, parts: Parts, gradients: bool
+    model: nn.Module, batches: Any, parts: Parts, gradients: bool, reading: Reading
 ) -> tuple[pd.DataFrame, tuple[Call, ...]]:
     """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``."""
     _check.choice("gradients", gradients, (True, False))
     layers = weighted_layers(model)
     setter = _Setter(layers, _left(model, layers), parts)
     with same_generators(model):  # a loader draws its order, and augments
-        batch = _joined(as_batches(model, batches))
+        batch = _joined(x.copied(model) for x in as_batches(model, batches, reading))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before, _ = _measured(model, batch, gradients)
     try:
-        with untouched(model), hooked(layers, setter.on_output(batch.samples)):
-            model(*mapped(torch.clone, batch.args), **mapped(torch.clone, batch.kwargs))
+        copied = batch.copied(model)
+        axes = Axes(copied.tensors(), batch.samples)
+        with untouched(model), hooked(layers, setter.on_output(batch.samples, axes)), axes:
+            copied.run(model)
         if missed := setter.missed():
             wanted = "must be called in the model's forward pass or be frozen"
             raise ValueError(f"layer {missed[0]!r} {wanted}, got no call")
@@ -196,9 +212,9 @@ class _Setter:
         return [name for name in self._layers if not self._calls[name] and name not in self._left]
 
     def on_output(
-        self, samples: int
+        self, samples: int, axes: Axes
     ) -> Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]:
-        """What to do with an output of a layer, given the number of inputs."""
+        """What to do with an output of a layer, given the number of inputs and where they lie."""
 
         def set_(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
             weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
@@ -210,7 +226,7 @@ class _Setter:
             if name in self._left or shared:
                 self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"
                 return y
-            sample, unit, positions = dimensions(name, layer, y, samples)
+            sample, unit, positions = dimensions(name, layer, y, samples, axis=axes.of(y))
             shift, scale = self._parts(decompose(y, sample, unit, positions))
             shift, scale = shift.to(y), scale.to(y)
             if bad := int((~((scale > 0) & scale.isfinite())).sum()):
@@ -225,7 +241,9 @@ class _Setter:
             else:
                 bias.copy_((bias - shift) / scale)
             torch.clear_autocast_cache()  # which holds the weights of before
-            return (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
+            new = (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
+            axes.replace(y, new)
+            return new
 
         return set_
 
@@ -273,27 +291,35 @@ def _joined(batches: Any) -> Batch:
     listed = list(batches)
     if (samples := sum(batch.samples for batch in listed)) < 2:
         raise ValueError(f"batches must hold at least 2 inputs, got {samples}")
-    found = [list(tensors((batch.args, batch.kwargs))) for batch in listed]
-    names = [[name for name, _ in pairs] for pairs in found]
+    names = [batch.names() for batch in listed]
     if any(other != names[0] for other in names):
         other = next(x for x in names if x != names[0])
         raise ValueError(f"batches must hold the same tensors, got {names[0]} and {other}")
-    columns = zip(*([x for _, x in pairs] for pairs in found), strict=True)
-    joined = iter([torch.cat(column) for column in columns])
-    args, kwargs = mapped(lambda _: next(joined), (listed[0].args, listed[0].kwargs))
-    return Batch(args, kwargs, samples)
+    columns = zip(*(batch.tensors() for batch in listed), strict=True)
+    joined = {id(x[0]): _column(name, x, listed) for name, x in zip(names[0], columns, strict=True)}
+    whole: Batch = listed[0].replaced(lambda x: joined[id(x)])
+    return whole._replace(samples=samples)
+
+
+def _column(name: str, found: tuple[torch.Tensor, ...], batches: list[Batch]) -> torch.Tensor:
+    """One tensor of all batches: joined where it holds inputs, the same in all otherwise."""
+    if all(x.ndim and len(x) == batch.samples for x, batch in zip(found, batches, strict=True)):
+        return torch.cat(found)
+    if all(x.shape == found[0].shape and bool((x == found[0]).all()) for x in found):
+        return found[0]
+    got = f"{name or 'a tensor'} of shape {tuple(found[0].shape)} in the first: give one batch"
+    raise ValueError(f"batches must have inputs along first dimensions to be joined, got {got}")
 
 
 def _measured(
     model: nn.Module, batch: Batch, gradients: bool
 ) -> tuple[pd.DataFrame, tuple[Call, ...]]:
-    given = batch.kwargs or batch.args
     with warnings.catch_warnings():
         # _initialize raises, or says of the layer that it is left
         warnings.filterwarnings("ignore", message=".* have no row")
-        table, calls = measure(model, [given], None, "samples", record=True)
+        table, calls = measure(model, [batch], None, "samples", record=True)
     if gradients:
-        table["gradient2"] = probe_gradients(model, given, seed=0).gradient2
+        table["gradient2"] = probe_gradients(model, batch, seed=0).gradient2
     return table, calls
 
 

@@ -1,4 +1,4 @@
-r"""How to run any model: its layers, its inputs, the axes of its outputs, a pass without a trace.
+r"""How to run any model: its layers, the axes of its outputs, a pass without a trace.
 
 The inputs of a batch lie along the first dimension. Units are the channels of convolutions,
 pooling, batch and group normalization (dimension 1), and the features of linear layers (the last
@@ -9,12 +9,13 @@ pixels, tokens.
 
 from __future__ import annotations
 
-import inspect
+import copy
+import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,47 +23,63 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from svlib import _check
+from svlib.probing.attributes import restored_attributes
 
 Layer = nn.Linear | _ConvNd
 OnOutput = Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]
 Dimensions = tuple[int, int, tuple[int, ...]]
-
-
-class Batch(NamedTuple):
-    """The arguments of one call of a model, on its device, and the number of inputs in them."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    samples: int
+DEPTH = 3  # of objects inside objects that a batch may hold its tensors in
 
 
 class MergedInputsError(ValueError):
-    """An output does not keep the inputs apart along its first dimension."""
+    """An output does not keep the inputs apart along a dimension."""
 
 
-def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor in nested lists, tuples and dictionaries, with its place: "['key'][1]"."""
+class LostInputsError(MergedInputsError):
+    """Several dimensions of an output may be that of the inputs."""
+
+
+def tensors(value: Any, name: str = "", *, objects: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor in nested lists, tuples, mappings and dataclasses, with its place:
+    "['key'][1]"; on request in the attributes of other objects, so many objects deep."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from tensors(item, f"{name}[{index}]")
-    elif isinstance(value, dict):
+            yield from tensors(item, f"{name}[{index}]", objects=objects)
+    elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from tensors(item, f"{name}[{key!r}]")
+            yield from tensors(item, f"{name}[{key!r}]", objects=objects)
+    elif _is_record(value):
+        for key in _fields(value):
+            yield from tensors(getattr(value, key), f"{name}.{key}", objects=objects)
+    elif objects and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+        for key, item in vars(value).items():
+            yield from tensors(item, f"{name}.{key}", objects=objects - 1)
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Apply a function to every tensor in nested lists, tuples and dictionaries."""
+    """Apply a function to every tensor in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, list | tuple):
         items = [mapped(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: mapped(function, item) for key, item in value.items()}
+    if _is_record(value):
+        value = copy.copy(value)
+        for key in _fields(value):
+            object.__setattr__(value, key, mapped(function, getattr(value, key)))
     return value
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields(record: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(record) if hasattr(record, field.name)]
 
 
 def first_floating(value: Any) -> torch.Tensor | None:
@@ -108,14 +125,20 @@ def row_name(name: str, call: int) -> str:
 
 
 def dimensions(
-    name: str, layer: nn.Module | None, y: torch.Tensor, samples: int, unit: int | None = None
+    name: str,
+    layer: nn.Module | None,
+    y: torch.Tensor,
+    samples: int,
+    unit: int | None = None,
+    axis: int | None = 0,
 ) -> Dimensions:
     """(sample, unit, position) dimensions of an output, as :func:`svlib.decompose` takes them.
 
-    ``unit`` is the unit dimension of the latest output of this shape.
+    ``unit`` is the unit dimension of the latest output of this shape, ``axis`` that of the inputs,
+    if it is known.
 
     Raises:
-        MergedInputsError: If the first dimension does not have the size of the batch.
+        MergedInputsError: If that dimension does not have the size of the batch.
         ValueError: If a convolution's output has no dimension for the inputs.
     """
     shape = tuple(y.shape)
@@ -125,83 +148,22 @@ def dimensions(
     if y.ndim < 2:
         wanted = "(inputs, features)"
         raise ValueError(f"layer {name!r} must see a batch {wanted}, its output has shape {shape}")
-    if len(y) != samples:
-        kept = f"must keep the {samples} inputs of a batch apart"
-        raise MergedInputsError(f"layer {name!r} {kept}, its output has shape {shape}")
+    if axis is None:
+        reason = f"must show which dimension is that of the {samples} inputs"
+        raise LostInputsError(f"layer {name!r} {reason}, its output has shape {shape}")
     pooled = "pool" in (name.split("/")[-1] if layer is None else type(layer).__name__).lower()
     images = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1
+    others = [dim for dim in range(y.ndim) if dim != axis]
     if pooled or images or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
         unit = 1
     elif isinstance(layer, nn.Linear | nn.LayerNorm):
         unit = y.ndim - 1
-    elif unit is None:
-        unit = 1 if y.ndim > 3 else y.ndim - 1
-    return 0, unit, tuple(dim for dim in range(1, y.ndim) if dim != unit)
-
-
-def as_batches(model: nn.Module, batches: Any) -> Iterator[Batch]:
-    """Yield the arguments of each call, in copies. See :func:`svlib.probe` for what is accepted.
-
-    Raises:
-        TypeError: If ``batches`` is something else, or of another floating type than the model's
-            first parameter.
-        ValueError: If a tensor has no dimension, or the first one of real numbers is not finite.
-    """
-    device, dtype = _place(model)
-    if isinstance(batches, torch.Tensor | Mapping | tuple):
-        batches = (batches,)
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
-        wanted = "a tensor or an iterable of tensors, tuples or dicts"
-        raise TypeError(f"batches must be {wanted}, got {type(batches).__name__}")
-    for batch in batches:
-        if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Mapping):
-            batch = batch[0]  # the rest are labels
-        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-        listed: list[Any] = [] if isinstance(batch, Mapping) else [batch]
-        if isinstance(batch, tuple | list):
-            listed = list(batch)
-        args = tuple(listed[: _positional(model)])
-        found = [x for _, x in tensors((args, kwargs))]
-        if not found or (args and not isinstance(args[0], torch.Tensor)):
-            wanted = "tensors, tuples that start with one, or dicts of them"
-            raise TypeError(f"batches must hold {wanted}, got {type(batch).__name__}")
-        cast_by_torch = dtype is None or torch.is_autocast_enabled(device.type)
-        for x in found:
-            if x.ndim == 0:
-                where = "along their first dimension, got a tensor without dimensions"
-                raise ValueError(f"batches must have the inputs {where}")
-            if x.is_floating_point() and x.dtype != dtype and not cast_by_torch:
-                raise TypeError(f"batches must be of the model's {dtype}, got {x.dtype}")
-        if (numbers := first_floating(found)) is not None:
-            _check.floating("batches", numbers)  # others may be masks with infinities
-        # copies, because a model may change its arguments
-        args, kwargs = mapped(lambda x: x.detach().to(device, copy=True), (args, kwargs))
-        yield Batch(args, kwargs, len(found[0]))
-
-
-def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-    """Device of a model and floating type of its weights, ``None`` if it has none."""
-    everything = [*model.parameters(), *model.buffers()]
-    if any(map(nn.parameter.is_lazy, everything)):
-        got = "got lazy ones: run a batch through it first"
-        raise ValueError(f"model must have all its parameters, {got}")
-    if any(x.is_meta for x in everything):
-        raise ValueError("model must hold numbers, got parameters or buffers on the meta device")
-    held = [x for x in everything if x.is_floating_point()]
-    return (held[0].device, held[0].dtype) if held else (torch.device("cpu"), None)
-
-
-def _positional(model: nn.Module) -> int | None:
-    """How many arguments ``forward`` requires by position, at least 1: the rest of a tuple are
-    labels. ``None``, all of them, if it takes any number."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return max(1, sum(p.default is p.empty for p in positional))
+    elif unit in (None, axis):
+        unit = others[0] if y.ndim > 3 else others[-1]
+    if y.shape[axis] != samples or unit == axis:
+        kept = f"must keep the {samples} inputs of a batch apart"
+        raise MergedInputsError(f"layer {name!r} {kept}, its output has shape {shape}")
+    return axis, unit, tuple(dim for dim in others if dim != unit)
 
 
 @contextmanager
@@ -222,8 +184,8 @@ def same_generators(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model uncompiled, without gradients and on copies of its buffers.
 
-    On exit, even after an error, it has its own buffers (BatchNorm's running statistics) again, and
-    random states are as before.
+    On exit, even after an error, it has its own buffers (BatchNorm's running statistics), plain
+    attributes and gradients of parameters again, and random states are as before.
     """
     # modules of TorchScript have no dictionary of buffers
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
@@ -231,12 +193,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = [module for module in model.modules() if module not in scripted]
     own = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
     copies: dict[int, torch.Tensor] = {}
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     compiling = "torch._dynamo" in sys.modules  # hooks inside a compiled model do not run
     eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
     fast = torch.backends.mha.get_fastpath_enabled()  # which goes round layers and their hooks
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with same_generators(model), torch.no_grad(), eager:
+        with same_generators(model), restored_attributes(modules), torch.no_grad(), eager:
+            for parameter, _ in grads:
+                parameter.grad = None  # else a backward pass inside would add to it
             for module in modules:
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
@@ -247,6 +212,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+        for parameter, grad in grads:
+            parameter.grad = grad
         for module, buffers, transient in own:
             module._buffers.clear()
             module._buffers.update(buffers)

@@ -7,6 +7,7 @@ r"""Measure m^2 and v^2 in any torch model, layer by layer in execution order, w
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -14,9 +15,9 @@ import torch
 from torch import nn
 
 from svlib._random import stream
+from svlib.probing.batches import Batch, Caller, Reading, as_batches
 from svlib.probing.calls import Call
 from svlib.probing.models import (
-    as_batches,
     first_floating,
     hooked,
     row_name,
@@ -31,6 +32,7 @@ def measure(
     batches: Any,
     layers: Layers,
     positions: str,
+    reading: Reading | None = None,
     *,
     record: bool,
     directions: bool = False,
@@ -40,21 +42,31 @@ def measure(
     With ``directions`` there is a column ``cosine``, the mean cosine of two inputs, NaN where
     positions count as samples.
     """
-    rows = Rows(layers, positions, directions=directions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     weighted = weighted_layers(model) if layers is None else {}
-    calls: tuple[Call, ...] = ()
-    samples = 0
-    with untouched(model):
-        for batch in as_batches(model, batches):
-            samples += batch.samples
-            forward = Pass(model, rows, batch.samples)
-            given = (batch.args, batch.kwargs)
-            with forward.watching(given, layers, record=record and not calls):
-                forward.returned(model(*batch.args, **batch.kwargs))
-            calls = calls or forward.calls
-            rows.refuse()
+    listed = as_batches(model, batches, reading)
+    first: list[Batch] = []
+    for gradients in (False, True):
+        rows = Rows(layers, positions, directions=directions)
+        calls: tuple[Call, ...] = ()
+        samples = 0
+        try:
+            with untouched(model), torch.set_grad_enabled(gradients):
+                for read in chain(first, listed):
+                    first = first or [read]
+                    batch = read.copied(model)
+                    forward = Pass(model, rows, batch.samples)
+                    given = (batch.args, batch.kwargs)
+                    with forward.watching(given, layers, record=record and not calls):
+                        forward.returned(batch.run(model))
+                    samples += batch.samples
+                    calls = calls or forward.calls
+                    rows.refuse()
+            break
+        except RuntimeError as error:  # of a model that differentiates in its forward pass
+            if gradients or samples or "does not require grad" not in str(error):
+                raise
     if samples < 2:
         raise ValueError(f"batches must hold at least 2 inputs, got {samples or 'none'}")
     if not rows.names():
@@ -68,7 +80,13 @@ def measure(
 
 
 def probe(
-    model: nn.Module, batches: Any, *, layers: Layers = None, positions: str = "samples"
+    model: nn.Module,
+    batches: Any,
+    *,
+    layers: Layers = None,
+    positions: str = "samples",
+    inputs: int | None = None,
+    call: Caller | None = None,
 ) -> pd.DataFrame:
     """Measure the decomposition of a model's outputs, in execution order.
 
@@ -87,6 +105,10 @@ def probe(
             keep the inputs apart; views have no row. A list selects of these by name, "*" being a
             wildcard, or by module type.
         positions: "samples" or "units", see :mod:`svlib.probing.rows`.
+        inputs: Number of inputs in each batch, where it is not the size of the first dimension of
+            the first tensor in it (a list of images, a graph).
+        call: A function ``call(model, batch)`` that calls the model and returns its output, for
+            whatever else a batch may be; it gets a copy of each batch as it comes.
 
     Returns:
         One row per call: ``name`` (a second call has " (2)" behind it; the function called, behind
@@ -111,10 +133,13 @@ def probe(
         >>> list(probe(model, sv.data.gaussian(100, 20, seed=1), layers="all").type)
         ['Linear', 'ReLU', 'Linear']
     """
-    return measure(model, batches, layers, positions, record=False)[0]
+    reading = Reading(inputs, call)
+    return measure(model, batches, layers, positions, reading, record=False)[0]
 
 
-def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame:
+def probe_gradients(
+    model: nn.Module, inputs: Any, *, seed: int, call: Caller | None = None
+) -> pd.DataFrame:
     """Mean square of the gradient at the output of every weighted layer, in execution order.
 
     A Gaussian vector is sent backwards from the model's output. Parameters get no gradient.
@@ -123,6 +148,7 @@ def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame
         model: Any module with linear or convolutional layers.
         inputs: One batch, as :func:`probe` takes it.
         seed: Seed of the vector at the output (the first floating-point tensor in it).
+        call: As in :func:`probe`.
 
     Returns:
         ``name``, ``gradient2`` (relative to the last row), ``growth`` (factor from the next row to
@@ -152,11 +178,13 @@ def probe_gradients(model: nn.Module, inputs: Any, *, seed: int) -> pd.DataFrame
         outputs[row_name(name, calls[name])] = y
         return y.clone()  # an activation in place must not change what is differentiated by
 
-    if isinstance(inputs, list):  # of batches
+    if isinstance(inputs, list) and call is None:  # of batches
         raise TypeError("inputs must be one batch: a tensor, tuple or dict, got list")
-    (batch,) = as_batches(model, [inputs])
+    reading = Reading() if call is None else Reading(1, call)  # their number does not matter
+    (read,) = as_batches(model, [inputs], reading)
+    batch = read.copied(model)
     with untouched(model), hooked(layers, record), torch.enable_grad():
-        output = model(*batch.args, **batch.kwargs)
+        output = batch.run(model)
         y = first_floating(output)
         if y is None:
             got = f"{type(output).__name__} with none"

@@ -29,9 +29,12 @@ from torch import nn
 
 from svlib import _check
 from svlib.moments import Moments
+from svlib.probing.axes import Axes, watching_sequences
 from svlib.probing.calls import Call, Recorder, inputs_of
 from svlib.probing.models import (
+    DEPTH,
     Dimensions,
+    LostInputsError,
     MergedInputsError,
     dimensions,
     hooked,
@@ -58,16 +61,20 @@ class _Row:
         *,
         directions: bool = False,
     ) -> None:
-        self.kind, self.shape, self._flat = kind, tuple(y.shape[1:]), positions == "units"
-        self.moments = Moments(*((0, 1, ()) if self._flat else dims))
+        self._axis, *others = dims[0], dims[1], *dims[2]
+        self.kind, self._flat = kind, positions == "units"
+        self.shape = tuple(size for dim, size in enumerate(y.shape) if dim != self._axis)
+        unit, *places = (dim + (dim < self._axis) for dim in others)  # with the inputs in front
+        self.moments = Moments(0, *((1, ()) if self._flat else (unit, tuple(places))))
         self._directions = directions and (self._flat or not dims[2])
         self._sum, self._count = torch.zeros((), dtype=torch.float64), 0  # of unit vectors
 
     def update(self, y: torch.Tensor) -> None:
+        y = y.movedim(self._axis, 0)
         y = y.flatten(1) if self._flat else y
         self.moments.update(y)
         if self._directions:
-            unit = nn.functional.normalize(y.double(), dim=1)
+            unit = nn.functional.normalize(y.detach().double(), dim=1)
             self._count += int((unit != 0).any(1).sum())
             self._sum = self._sum + unit.sum(0).cpu()
 
@@ -112,6 +119,7 @@ class Rows:
         self._chosen = _selection(layers)
         self._rows: dict[str, _Row] = {}
         self.left_out: dict[str, _LeftOut] = {}
+        self.over_inputs: dict[str, None] = {}  # names of recurrences and attention between inputs
 
     def asks_for(self, module: nn.Module | None, *names: str) -> bool:
         """Whether an output with one of these names is asked for."""
@@ -153,19 +161,29 @@ class Rows:
 
     def warn(self, uncalled: Iterable[str] = (), *, stacklevel: int) -> None:
         """Say which outputs have no row, and why."""
+        if self.over_inputs:
+            text = f"{len(self.over_inputs)} modules run over the first dimension, where inputs are"
+            text += " taken to lie, as over time (batch_first=False, or no dimension for a batch): "
+            warnings.warn(text + _some(self.over_inputs), stacklevel=stacklevel + 1)
         reasons = {"were not called as modules": list(uncalled)}
         for name, (error, _) in self.left_out.items():
             reason = str(error)
-            if isinstance(error, MergedInputsError):
+            if isinstance(error, LostInputsError):
+                reason = "have inputs along a dimension that could not be followed"
+            elif isinstance(error, MergedInputsError):
                 reason = "merge the inputs of a batch with their positions"
             elif isinstance(error, _check.NotFiniteError):
                 reason = "are not finite"
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             if names:
-                some = f"{', '.join(names[:5])}{', ...' if names[5:] else ''}"
-                text = f"{len(names)} outputs have no row because they {reason}: {some}"
+                text = f"{len(names)} outputs have no row because they {reason}: {_some(names)}"
                 warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join([*listed[:5], *["..."] * bool(listed[5:])])
 
 
 def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
@@ -204,12 +222,16 @@ class Pass:
         self._units: dict[tuple[int, ...], int] = {}  # unit dimension of the latest, by shape
         self._last: torch.Tensor | None = None
         self._recorder: Recorder | None = None
+        self._axes = Axes((), samples)
         self.calls: tuple[Call, ...] = ()
 
     @contextmanager
     def watching(self, given: Any, layers: Layers, *, record: bool) -> Iterator[None]:
         """Watch the model's next call, with these arguments."""
         everything = layers is not None
+        with torch._C.DisableTorchFunction():  # other modes must not see this
+            found = [x for _, x in tensors(given, objects=DEPTH)]
+            self._axes = Axes(found, self._samples)
         with ExitStack() as stack:
             if everything:
                 self._watch_modules(stack)
@@ -217,10 +239,13 @@ class Pass:
                 stack.enter_context(hooked(weighted_layers(self._model), self._after_layer))
             if everything or record:
                 on_call = self._after_call if everything else None
-                with torch._C.DisableTorchFunction():  # other modes must not see this
+                with torch._C.DisableTorchFunction():
                     inputs = list(inputs_of(self._model, given, self._samples))
                 self._recorder = Recorder(inputs, self._measure, on_call)
                 stack.enter_context(self._recorder)
+            over_inputs = self._rows.over_inputs
+            stack.enter_context(watching_sequences(self._model, self._axes, over_inputs))
+            stack.enter_context(self._axes)
             yield
         self.calls = tuple(self._recorder.calls) if self._recorder is not None else ()
 
@@ -248,7 +273,7 @@ class Pass:
         if row in self._rows.left_out or not self._rows.asks_for(module, row, name, called):
             return
         try:
-            dims = dimensions(row, module, y, self._samples, self._units.get(y.shape))
+            dims = self._dimensions(row, module, y)
         except ValueError as error:
             self._rows.leave_out(row, error, excusable=isinstance(error, MergedInputsError))
             return
@@ -258,6 +283,10 @@ class Pass:
         if self._recorder is not None:
             self._recorder.name_row(y, row)
         self._last = y
+
+    def _dimensions(self, name: str, module: nn.Module | None, y: torch.Tensor) -> Dimensions:
+        unit, axis = self._units.get(y.shape), self._axes.of(y)
+        return dimensions(name, module, y, self._samples, unit, axis)
 
     def _after_layer(self, name: str, layer: nn.Module, y: torch.Tensor) -> None:
         self._add(name, layer, type(layer).__name__, y)
@@ -283,12 +312,15 @@ class Pass:
             self._add(f"{name}/{function}".lstrip("/"), None, function, y)
 
     def _has_row(self, y: torch.Tensor) -> bool:
-        return y.is_floating_point() and y.ndim > 1 and y.numel() > 0 and len(y) == self._samples
+        if not y.is_floating_point() or y.ndim < 2 or not y.numel():
+            return False
+        axis = self._axes.of(y)
+        return axis is None or y.shape[axis] == self._samples
 
     def _measure(self, y: torch.Tensor) -> Measured | None:
-        if not self._has_row(y) or self._samples < 2:
+        if not self._has_row(y) or self._samples < 2 or self._axes.of(y) is None:
             return None
-        dims = dimensions("", None, y, self._samples, self._units.get(y.shape))
+        dims = self._dimensions("", None, y)
         row = _Row("", y, dims, self._rows.positions)
         try:
             row.update(y)
