@@ -93,14 +93,16 @@ def onset() -> pd.DataFrame:
 
 
 def orthogonal() -> pd.DataFrame:
-    """N v²/m² at layer 200 with orthogonal weights."""
+    """N v²/m² at layer 200 with orthogonal weights, of inputs of one length."""
     rows = []
-    for width, networks in {64: 800, 128: 400, 256: 200}.items():
+    for width, networks in {64: 800, 128: 400, 256: 240}.items():
+        inputs = sv.data.gaussian(64, width, seed=1).double()
+        inputs *= width**0.5 / inputs.norm(dim=1, keepdim=True)
         record = sv.simulate(
             width,
             200,
             networks=networks,
-            samples=64,
+            inputs=inputs,
             seed=width,
             weights="orthogonal",
             dtype="float64",

@@ -59,18 +59,17 @@ class Ensemble:
         activation: A name of ``svlib.layers.ACTIVATIONS``, the same as in
             :func:`svlib.theory.trajectory`.
         negative_slope: The slope of leaky ReLU.
-        weight_variance: N times the variance of a weight; ``None``: He's rule for the activation,
-            (1 - bias_variance)/<phi(z)^2>. The first weight matrix has variance 1/features.
+        weight_variance: N times the variance of a weight after layer 0; ``None``: He's rule,
+            (1 - bias_variance)/<phi(z)^2>.
         bias_variance: Variance of a bias.
         weights: "gaussian" or "orthogonal", of the same variance.
         normalization: ``None``, ``"batch"`` (over the S inputs), ``"layer"`` or ``"rms"`` (over
             units), applied to preactivations before the activation; the statistics reported are
-            those before it. Networks with BatchNorm or tanh amplify rounding: float32 reproduces
-            their averages only.
+            those before it. BatchNorm and tanh amplify rounding: float32 keeps averages only.
         residual: :math:`\beta` in :math:`y'=y+\sqrt\beta\,(W\phi(y)+b)`, or ``None``.
         method: "weights" draws weight matrices, "gram" the preactivations of S inputs directly,
-            from the same distribution, if weights are Gaussian and inputs differ. "auto" takes the
-            cheaper for this width and S; the record says which.
+            from the same distribution, if weights are Gaussian and inputs differ. "auto": the
+            cheaper one; the record says which.
         memory: Bytes that the networks simulated at a time may take.
 
     Examples:

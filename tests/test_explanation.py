@@ -95,10 +95,10 @@ class Gated(nn.Module):
         self.layers = wide(*(nn.Linear(WIDTH, WIDTH) for _ in range(7)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, layers = self.layers[0](x), iter(self.layers[1:])
-        for gate, value, out in zip(layers, layers, layers, strict=True):
+        y: torch.Tensor = self.layers[0](x)
+        for k in (1, 4):
             y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)  # RMSNorm, by hand
-            y = out(F.silu(gate(y)) * value(y))
+            y = self.layers[k + 2](F.silu(self.layers[k](y)) * self.layers[k + 1](y))
         return y
 
 

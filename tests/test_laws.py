@@ -247,8 +247,3 @@ def test_tangent_kernel_of_networks() -> None:
 def test_bad_input(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         finite_width(10, 5, **options)  # type: ignore[arg-type]
-
-
-def test_depth_beyond_the_range_is_said() -> None:
-    with pytest.warns(UserWarning, match="depth 100 is beyond the law's range, about 4 x 20"):
-        finite_width(20, 100)

@@ -153,21 +153,20 @@ def finite_width(
     .. math:: \Big\langle\frac{v_l^2}{m_l^2}\Big\rangle\approx\frac{1-\rho_l}{\rho_l}
         +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,
 
-    for ReLU, :math:`\cos\theta_k=\rho_k`. Valid for depths well below N times a few. Orthogonal
-    weights take :math:`\frac12\sin^2\theta_k` from each term; their r_l is not known, and left out.
-    With normalization ReLU networks of white inputs are meant: for "layer" and "rms" see
-    :func:`_without_lengths`, for "batch" :func:`svlib.theory.batchnorm.first_order`.
+    for ReLU, :math:`\cos\theta_k=\rho_k`. For depths well below N times a few; beyond, the angles die
+    faster, but hardly count. Orthogonal weights take :math:`\frac12\sin^2\theta_k` from each term;
+    their r_l is not known. Normalized networks are of ReLU with white inputs: "layer" and "rms" of a
+    typical network, whose m/v grows as :math:`e^{l/N}`; "batch": :mod:`svlib.theory.batchnorm`.
 
     Args:
         width: Units N of every layer.
-        depth: Number of weight matrices after layer 0, at least 0.
+        depth: Weight matrices after layer 0.
         input_cv2: Squared coefficient of variation of the lengths of layer 0 over inputs: 0 for
-            white noise as layer 0 and for inputs of unit norm.
-        features: Layer 0 is white noise in so many dimensions through a first weight matrix: its
-            lengths and angles fluctuate.
+            inputs of unit norm and for white noise as layer 0; with orthogonal weights, which keep
+            its lengths, 1/(2 width) for white noise.
+        features: White noise in so many dimensions goes through a first weight matrix.
         rho0: Correlation of two inputs, in [0, 1), the same for all pairs.
-        activation: "relu", "leaky_relu" or "linear".
-        negative_slope: The slope of leaky ReLU.
+        activation, negative_slope: "relu", "leaky_relu" and its slope, or "linear".
         weights: "gaussian" or "orthogonal".
         normalization: ``None``, "batch", "layer" or "rms".
         samples: Inputs of a batch under BatchNorm; ``None``: very many.
@@ -176,7 +175,7 @@ def finite_width(
         ``m2`` and ``v2`` in the proportion of that average, with the parts of v2.
 
     Warns:
-        UserWarning: If the depth is beyond the range of the law.
+        UserWarning: If the depth is beyond the range of the law under BatchNorm.
 
     Examples:
         >>> law = finite_width(100, 49)
@@ -196,21 +195,21 @@ def finite_width(
         return _normalized(width, depth, normalization, samples, plain)
     if samples is not None:
         raise ValueError(f"samples must be None without normalization='batch', got {samples!r}")
-    if depth > 4 * width:
-        warnings.warn(f"depth {depth} is beyond the law's range, about 4 x {width}", stacklevel=2)
     inputs = math.inf if features is None else _check.integer("features", features)
     found = _first_order(depth, rho, slope, width / inputs)
-    lengths, angles_part = found.lengths, found.angles
+    lengths, remainder = found.lengths, found.angles / width
     if weights == "orthogonal":
-        lengths = lengths - _sines(found.gap)
-        angles_part = np.zeros(depth + 1)
-    spread = cv2 + 1 / (2 * inputs) + lengths / width  # over m2
-    gap = found.gap
-    angular, radial = gap, (1 - gap) * spread  # these and the next are in units of m2/rho
-    remainder = gap * spread + angles_part / width
-    total = 1 + radial + remainder
-    parts = angular / total, radial / total, remainder / total
-    return FiniteWidth(sum(parts, np.zeros(depth + 1)), np.ones(depth + 1), *parts)
+        lengths, remainder = lengths - _sines(found.gap), np.zeros(depth + 1)
+    return _with_lengths(found.gap, cv2 + 1 / (2 * inputs) + lengths / width, remainder)
+
+
+def _with_lengths(gap: Array, spread: Array, remainder: Array) -> FiniteWidth:
+    """The law, from the lengths' squared coefficient of variation and the rest of the first order,
+    both over m2."""
+    parts = gap, (1 - gap) * spread, gap * spread + remainder  # in units of m2/rho
+    total = 1 + parts[1] + parts[2]
+    shares = parts[0] / total, parts[1] / total, parts[2] / total
+    return FiniteWidth(sum(shares, np.zeros(len(gap))), np.ones(len(gap)), *shares)
 
 
 def _normalized(width: int, depth: int, kind: str, samples: int | None, plain: bool) -> FiniteWidth:
@@ -250,11 +249,8 @@ def _without_lengths(width: int, depth: int) -> FiniteWidth:
         radial.append(_odd(gap) / 2 / width)  # their squared coefficient of variation
         gap = (gap - decrement(gap)) * shrink
         gaps.append(gap)
-    angular = np.array(gaps)
-    parts = angular, (1 - angular) * np.array(radial), np.zeros(depth + 1)
-    total = 1 + parts[1]
-    shares = tuple(part / total for part in parts)
-    return FiniteWidth(sum(shares, np.zeros(depth + 1)), np.ones(depth + 1), *shares)
+    found = np.array(gaps)
+    return _with_lengths(found, np.array(radial), -found * np.array(radial))
 
 
 def plateau(
