@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import svlib as sv
 import xarray as xr
+from matplotlib.figure import Figure
 from svlib.theory import batchnorm
 from svlib.theory.activations import NAMES
 from tqdm import tqdm
@@ -68,6 +70,45 @@ def drift() -> pd.DataFrame:
             tables[width, batch] = pd.DataFrame(found)
             tables[width, batch].insert(0, "networks", networks)
     return pd.concat(tables, names=["width", "batch", "layer"])
+
+
+def model() -> pd.DataFrame:
+    """m²/σ² and m/v before BatchNorm by the reduced model, beyond the onset too."""
+    tables = {}
+    for width in (512, 1024, 2048):
+        for batch in (256,):
+            found = batchnorm.random_lengths(
+                width, DEPTH, batch, networks=12, seed=width
+            )
+            with np.errstate(invalid="ignore"):
+                ratio = np.sqrt(found / (1 - found))
+            columns = {"m2": found, "ratio": ratio}
+            error = {
+                f"{k}_error": v.std(0, ddof=1) / 12**0.5
+                for k, v in columns.items()
+            }
+            mean = {k: v.mean(0) for k, v in columns.items()}
+            tables[width, batch] = pd.DataFrame(mean | error)
+    return pd.concat(tables, names=["width", "batch", "layer"])
+
+
+def saturation() -> pd.DataFrame:
+    """m/v before BatchNorm far beyond the onset: width 512, 256 inputs."""
+    record = sv.simulate(
+        512,
+        400,
+        networks=6,
+        samples=256,
+        seed=9,
+        normalization="batch",
+        dtype="float64",
+    )
+    rows = [
+        (k, *mean_and_error(record.ratio[:, k]))
+        for k in (100, 200, 300, 400)
+    ]
+    names = ["layer", "ratio", "error"]
+    return pd.DataFrame(rows, columns=names).set_index("layer")
 
 
 def onset() -> pd.DataFrame:
@@ -194,9 +235,80 @@ def activations() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).set_index("activation")
 
 
+def load(name: str) -> pd.DataFrame:
+    """A stored table."""
+    keys = {"drift": 3, "model": 3, "scaling": 2}.get(name, 1)
+    keys = 2 if name == "onset" else keys
+    return pd.read_csv(
+        FOLDER / f"{name}.csv", index_col=list(range(keys))
+    )
+
+
+def entry(name: str, key: tuple[int, ...]) -> tuple[float, float]:
+    """m²/σ² of a stored table, and its standard error."""
+    found = load(name)
+    row = found[found.index == key]
+    return float(row.m2.iloc[0]), float(row.m2_error.iloc[0])
+
+
+def draw_drift() -> Figure:
+    """Measured points, first order (dashed beyond its onset) and the reduced model."""
+    measured, reduced = load("drift"), load("model")
+    widths = list(measured.index.unique("width"))
+    batches = list(measured.index.unique("batch"))
+    figure, panels = plt.subplots(1, 3, sharey=True, figsize=(8, 3.2))
+    for axes, batch in zip(panels, batches, strict=True):
+        for k, width in enumerate(widths):
+            found = measured.loc[width, batch].iloc[1::4]
+            style = {
+                "color": f"C{k}",
+                "fmt": "os^"[k],
+                "ms": 3.5,
+                "lw": 1,
+            }
+            axes.errorbar(
+                found.index,
+                found.m2,
+                2 * found.m2_error,
+                label=f"N = {width}",
+                **style,
+            )
+            law = 1 - np.sum(
+                batchnorm.first_order(width, DEPTH, batch), axis=0
+            )
+            held = batchnorm.is_held(width, batch)
+            ends = DEPTH if held else int(batchnorm.onset(width))
+            axes.plot(
+                range(1, ends + 1), law[1 : ends + 1], color=f"C{k}"
+            )
+            axes.plot(
+                range(ends, DEPTH + 1),
+                law[ends:],
+                "--",
+                color=f"C{k}",
+                lw=1,
+            )
+            if batch in reduced.index.unique("batch"):
+                line = reduced.loc[width, batch].m2.iloc[1:]
+                axes.plot(line.index, line, ":", color=f"C{k}", lw=2)
+        axes.set(title=f"B = {batch}", xlabel="layer")
+    panels[0].set_ylabel("$m^2/\\sigma^2$ before BatchNorm")
+    panels[0].legend(loc="lower left")
+    return figure
+
+
 TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     f.__name__: f
-    for f in (drift, onset, orthogonal, norms, scaling, activations)
+    for f in (
+        drift,
+        model,
+        saturation,
+        onset,
+        orthogonal,
+        norms,
+        scaling,
+        activations,
+    )
 }
 
 if __name__ == "__main__":

@@ -190,6 +190,71 @@ def sixteen() -> xr.Dataset:
     return ratio(at_rates(losses, rates), "total", "sample")
 
 
+def during(rounded: bool = True) -> pd.DataFrame:
+    """v²/σ² at the last layer but one, held-out loss, gradient norm while training."""
+    rows = []
+    for task, title in (
+        ("cifar10", "CIFAR-10"),
+        ("micrographs", "micrographs"),
+    ):
+        for kind, name in TITLES.items():
+            path = (
+                claims.RESULTS
+                / "overnight"
+                / f"length-{task}-{kind}.nc"
+            )
+            record = xr.load_dataset(path, engine="scipy").mean("seed")
+            one = record.isel(
+                initialization=0, learning_rate=0, layer=-2
+            )
+            for moment in one.probed.values:
+                here = one.sel(probed=moment)
+                near = (
+                    abs(
+                        here.iteration - min(moment, here.iteration[-1])
+                    )
+                    < 50
+                )
+                rows.append(
+                    {
+                        "task": title,
+                        "initialization": name,
+                        "iteration": int(moment),
+                        "v²/σ², samples": float(
+                            here.v2 / (here.v2 + here.m2)
+                        ),
+                        "v²/σ², units": float(
+                            here.v2_units
+                            / (here.v2_units + here.m2_units)
+                        ),
+                        "held-out loss": float(here.held_out_loss),
+                        "gradient norm": float(
+                            here.gradient_norm[near].mean()
+                        ),
+                    }
+                )
+    keys = ["task", "initialization", "iteration"]
+    table = pd.DataFrame(rows).set_index(keys)
+    return table.round(2) if rounded else table
+
+
+def layer_variant() -> dict[str, float]:
+    """Final loss of total init that subtracts layer means, over total init's, same seed."""
+    found = {}
+    for task in TASKS:
+        folder = claims.RESULTS / "overnight"
+        variant, plain = (
+            xr.load_dataset(folder / name, engine="scipy").loss.sel(
+                seed=0
+            )
+            for name in (f"layer-{task}.nc", f"length-{task}-total.nc")
+        )
+        last = MOMENTS[task][-1]
+        ends = [float(at(x, last).squeeze()) for x in (variant, plain)]
+        found[task] = ends[0] / ends[1]
+    return found
+
+
 def claimed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """The last moments of :func:`ratios` by the names of the claims."""
     found = {}

@@ -1,6 +1,7 @@
 """The book's helpers against arithmetic by hand."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,14 @@ def test_bins_are_means_over_windows() -> None:
     assert float(found[0]) == pytest.approx(2 * (1 + np.arange(0, 100, 10) / 100).mean())
 
 
-def test_stored_ratios_are_paired_over_two_seeds() -> None:
+def test_stored_ratios_are_paired_over_three_seeds() -> None:
     table = long_runs.ratios()
     row = table[(table.task == "cifar10") & (table.iteration == 20_000)].set_index("above")
     stored = long_runs.at(long_runs.load("cifar10"), 20_000)
     each = stored.sel(initialization="total") / stored.sel(initialization="sample")
     logs = np.log(each.values)
     assert row["ratio"]["total"] == pytest.approx(np.exp(logs.mean()))
-    half = 12.7062 * abs(logs[0] - logs[1]) / 2  # Student's t of one degree of freedom
+    half = 4.30265 * logs.std(ddof=1) / 3**0.5  # Student's t of two degrees of freedom
     assert row["high"]["total"] == pytest.approx(np.exp(logs.mean() + half), rel=1e-4)
     assert row["paper"]["total"] == pytest.approx(0.884 / 0.561)
 
@@ -74,3 +75,34 @@ def test_a_block_is_what_its_formula_says() -> None:
     torch.testing.assert_close(block(y), expected)
     wide = ways.Block(1000, torch.Generator().manual_seed(1), slope=0.3)
     assert float(wide.linear.weight.detach().var()) == pytest.approx(2 / 1.09 / 1000, rel=0.01)
+
+
+def overnight() -> list[tuple[str, str]]:
+    """Files and commands of the longer runs, as the README beside them has them."""
+    folder = Path(long_runs.__file__).parent / "results" / "overnight"
+    rows = [line.split("|") for line in (folder / "README.md").read_text().splitlines()]
+    found = [(str(folder / row[1].strip()), row[2].strip(" `")) for row in rows if len(row) == 4]
+    return [(name, command) for name, command in found if name.endswith(".nc")]
+
+
+@pytest.mark.parametrize(("name", "command"), overnight(), ids=lambda x: Path(x).name[:24])
+def test_records_are_what_their_commands_make(name: str, command: str) -> None:
+    record, words = xr.load_dataset(name, engine="scipy"), command.split()
+    values: dict[str, list[str]] = {}
+    for key, value in pairwise(words):
+        if key.startswith("--"):
+            values.setdefault(key, []).append(value)
+    assert record.attrs["data"] == words[0]
+    assert sorted(record.initialization.values) == sorted(values["--init"])
+    assert sorted(record.learning_rate.values) == sorted(map(float, values["--rate"]))
+    assert record.sizes["seed"] == int(values["--seeds"][0])
+    usual = {"cifar10": 20_000, "micrographs": 10_000}[words[0]]
+    assert record.attrs["iterations"] == int(values.get("--iterations", [str(usual)])[0])
+    assert record.attrs["width"] == {"cifar10": 24, "micrographs": 8}[words[0]]
+    assert (record.layer[0], record.attrs["batch_size"] > 0) == (0, True)
+
+
+def test_every_record_has_a_command() -> None:
+    folder = Path(long_runs.__file__).parent / "results" / "overnight"
+    assert {str(path) for path in folder.glob("*.nc")} == {name for name, _ in overnight()}
+    assert sum(path.stat().st_size for path in folder.parent.rglob("*.nc")) < 5_000_000

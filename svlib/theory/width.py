@@ -153,10 +153,11 @@ def finite_width(
     .. math:: \Big\langle\frac{v_l^2}{m_l^2}\Big\rangle\approx\frac{1-\rho_l}{\rho_l}
         +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,
 
-    for ReLU, :math:`\cos\theta_k=\rho_k`. For depths well below N times a few; beyond, the angles die
-    faster, but hardly count. Orthogonal weights take :math:`\frac12\sin^2\theta_k` from each term;
-    their r_l is not known. Normalized networks are of ReLU with white inputs: "layer" and "rms" of a
-    typical network, whose m/v grows as :math:`e^{l/N}`; "batch": :mod:`svlib.theory.batchnorm`.
+    for ReLU, :math:`\cos\theta_k=\rho_k`. For depths well below N times a few; beyond, the angles
+    die faster, but hardly count. Orthogonal weights take :math:`\frac12\sin^2\theta_k` from each
+    term; their r_l is not known. Normalized networks are of ReLU with white inputs: "layer" and
+    "rms" are a typical network's, whose m/v grows as :math:`e^{l/N}`; "batch" is that of
+    :mod:`svlib.theory.batchnorm`.
 
     Args:
         width: Units N of every layer.
