@@ -51,7 +51,10 @@ _ENSEMBLE = [
     ),
     click.option("--activation", default="relu", show_default=True),
     click.option("--negative-slope", type=float, default=0.0, show_default=True),
-    click.option("--normalization", type=click.Choice(["batch", "layer"])),
+    click.option("--weight-variance", type=float, help="Times 1/N.  [default: He's]"),
+    click.option("--bias-variance", type=float, default=0.0, show_default=True),
+    click.option("--weights", type=click.Choice(["gaussian", "orthogonal"]), default="gaussian"),
+    click.option("--normalization", type=click.Choice(["batch", "layer", "rms"])),
     click.option("--residual", type=float, help="beta in y + sqrt(beta) W phi(y)."),
     click.option(
         "--block",

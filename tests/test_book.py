@@ -51,6 +51,15 @@ def test_stored_ratios_are_paired_over_three_seeds() -> None:
     assert row["paper"]["total"] == pytest.approx(0.884 / 0.561)
 
 
+def test_claims_of_few_seeds_want_their_interval() -> None:
+    table = long_runs.ratios().set_index(["task", "iteration", "above"])
+    row = table.loc[("micrographs", 10_000, "total")]
+    found, error = long_runs.claimed(table.reset_index())["micrographs_long_total_sample"]
+    assert found == pytest.approx(row.ratio)
+    assert 4 * error == pytest.approx(row.high - row.low)
+    assert row.low < 1 < row.high
+
+
 def test_ratios_in_words() -> None:
     final = losses().mean("iteration").expand_dims(learning_rate=[0.1])
     at = dict.fromkeys(runs.TITLES, 0.1)
