@@ -153,18 +153,16 @@ def finite_width(
     .. math:: \Big\langle\frac{v_l^2}{m_l^2}\Big\rangle\approx\frac{1-\rho_l}{\rho_l}
         +\mathrm{CV}_0^2+\frac1N\sum_{k<l}\Big(\frac32-J_{22}(\theta_k)\Big)+\frac{r_l}N,
 
-    for ReLU, :math:`\cos\theta_k=\rho_k`. For depths well below N times a few; beyond, the angles
+    for ReLU, :math:`\cos\theta_k=\rho_k`; for depths well below N times a few; beyond, the angles
     die faster, but hardly count. Orthogonal weights take :math:`\frac12\sin^2\theta_k` from each
     term; their r_l is not known. Normalized networks are of ReLU with white inputs: "layer" and
     "rms" are a typical network's, whose m/v grows as :math:`e^{l/N}`; "batch" is that of
-    :mod:`svlib.theory.batchnorm`.
+    :mod:`svlib.theory.batchnorm`, with a warning beyond its range.
 
     Args:
-        width: Units N of every layer.
-        depth: Weight matrices after layer 0.
-        input_cv2: Squared coefficient of variation of the lengths of layer 0 over inputs: 0 for
-            inputs of unit norm and for white noise as layer 0; with orthogonal weights, which keep
-            its lengths, 1/(2 width) for white noise.
+        width, depth: Units N of every layer, weight matrices after layer 0.
+        input_cv2: Squared coefficient of variation of layer 0's lengths over inputs: 0 for unit
+            norm and white noise; 1/(2 width) for white noise that orthogonal weights keep.
         features: White noise in so many dimensions goes through a first weight matrix.
         rho0: Correlation of two inputs, in [0, 1), the same for all pairs.
         activation, negative_slope: "relu", "leaky_relu" and its slope, or "linear".
@@ -175,9 +173,6 @@ def finite_width(
     Returns:
         ``m2`` and ``v2`` in the proportion of that average, with the parts of v2.
 
-    Warns:
-        UserWarning: If the depth is beyond the range of the law under BatchNorm.
-
     Examples:
         >>> law = finite_width(100, 49)
         >>> infinite = (law.m2[49] / law.angular[49]) ** 0.5
@@ -186,22 +181,27 @@ def finite_width(
     """
     width, depth = _check.integer("width", width), _check.integer("depth", depth, 0)
     slope = _slope_of(activation, negative_slope)
-    rho = _check.real("rho0", rho0, 0, 1)
-    if rho == 1:
-        raise ValueError("rho0 must be below 1, where inputs have no angle between them, got 1.0")
-    cv2 = _check.real("input_cv2", input_cv2, 0)
-    _check.choice("weights", weights, ("gaussian", "orthogonal"))
     if normalization is not None:
-        plain = (slope, rho, cv2, features, weights) == (0.0, 0.0, 0.0, None, "gaussian")
+        options = (activation, rho0, input_cv2, features, weights)
+        plain = options == ("relu", 0.0, 0.0, None, "gaussian")
         return _normalized(width, depth, normalization, samples, plain)
     if samples is not None:
         raise ValueError(f"samples must be None without normalization='batch', got {samples!r}")
+    _check.choice("weights", weights, ("gaussian", "orthogonal"))
+    cv2 = _check.real("input_cv2", input_cv2, 0)
     inputs = math.inf if features is None else _check.integer("features", features)
-    found = _first_order(depth, rho, slope, width / inputs)
+    found = _first_order(depth, _below_one(rho0), slope, width / inputs)
     lengths, remainder = found.lengths, found.angles / width
     if weights == "orthogonal":
         lengths, remainder = lengths - _sines(found.gap), np.zeros(depth + 1)
     return _with_lengths(found.gap, cv2 + 1 / (2 * inputs) + lengths / width, remainder)
+
+
+def _below_one(rho0: float) -> float:
+    rho = _check.real("rho0", rho0, 0, 1)
+    if rho == 1:
+        raise ValueError("rho0 must be below 1, where inputs have no angle between them, got 1.0")
+    return rho
 
 
 def _with_lengths(gap: Array, spread: Array, remainder: Array) -> FiniteWidth:
