@@ -53,7 +53,7 @@ def test_stored_ratios_are_paired_over_three_seeds() -> None:
 
 def test_claims_of_few_seeds_want_their_interval() -> None:
     table = long_runs.ratios().set_index(["task", "iteration", "above"])
-    row = table.loc[("micrographs", 10_000, "total")]
+    row = table.xs(("micrographs", 10_000, "total"))
     found, error = long_runs.claimed(table.reset_index())["micrographs_long_total_sample"]
     assert found == pytest.approx(row.ratio)
     assert 4 * error == pytest.approx(row.high - row.low)
