@@ -251,6 +251,30 @@ def entry(name: str, key: tuple[int, ...]) -> tuple[float, float]:
     return float(row.m2.iloc[0]), float(row.m2_error.iloc[0])
 
 
+def drift_table() -> pd.DataFrame:
+    """Three places of the drift at width 1024: measured, to first order, reduced model."""
+    rows = {}
+    for batch, layer in ((32, 30), (256, 10), (256, 49)):
+        found, error = entry("drift", (1024, batch, layer))
+        law = 1 - np.sum(
+            batchnorm.first_order(1024, DEPTH, batch), axis=0
+        )
+        held = batch == 32
+        other = (
+            ""
+            if held
+            else f"{load('model').xs((1024, batch, layer)).m2:.4f}"
+        )
+        told = (
+            f"{found:.4f} ± {error:.4f}",
+            f"{law[layer]:.4f}",
+            other,
+        )
+        rows[f"layer {layer}, B = {batch}"] = told
+    columns = ["measured", "first order", "reduced model"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
 def draw_drift() -> Figure:
     """Measured points, first order (dashed beyond its onset) and the reduced model."""
     measured, reduced = load("drift"), load("model")
