@@ -136,7 +136,10 @@ def worst(name: str, depths: list[int]) -> list[float]:
         gap = gap_of(gap)
         exact.append(gap)
     found = trajectory(max(depths), activation=name).fraction
-    return [abs(float(found[layer] / exact[layer - 1] - 1)) for layer in depths]
+    # float64 ends at 1e-308, where networks of sigmoid are after some 400 layers
+    ends = [layer for layer in depths if exact[layer - 1] > 1e-290]
+    assert all(found[layer] < 1e-280 for layer in depths if layer not in ends)
+    return [abs(float(found[layer] / exact[layer - 1] - 1)) for layer in ends]
 
 
 @pytest.mark.parametrize("name", [*ANALYTIC, *BENT])
