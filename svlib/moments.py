@@ -142,31 +142,37 @@ class Moments:
         self._between: torch.Tensor  # sum over inputs of (position mean - mean)^2
         self._largest: torch.Tensor
 
-    def update(self, y: Any) -> Moments:
-        """Add a chunk of inputs.
+    def update(self, y: Any, mask: Any = None) -> Moments:
+        r"""Add a chunk of inputs.
 
         Args:
             y: Array or tensor of real numbers, with the dimensions named at construction.
+            mask: Which positions of which inputs count, (inputs, *positions), boolean. Every input
+                then weighs the same however many of its positions count, as if it had come alone
+                and without padding; an input of which none counts is left out.
+
+        Raises:
+            ValueError: If a shape is wrong, an entry is not finite, or ``mask`` leaves nothing.
+
+        Examples:
+            >>> tokens = torch.tensor([[[1.0], [3.0]], [[4.0], [99.0]]])  # the 99 is padding
+            >>> mask = torch.tensor([[True, True], [True, False]])
+            >>> float(Moments(0, 2, (1,)).update(tokens, mask).result().m2)  # mean 2 times mean 4
+            8.0
         """
         y = _check.numbers("y", y)
-        dims = [dim + y.ndim if dim < 0 else dim for dim in self._dims]
-        if not all(0 <= dim < y.ndim for dim in dims) or len(set(dims)) < len(dims):
-            raise ValueError(
-                f"y must have distinct dimensions {self._dims} (sample, unit, positions), "
-                f"got shape {tuple(y.shape)}"
-            )
-        if y.numel() == 0:
-            raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
-        kept = [dim for dim in range(y.ndim) if dim not in dims]
-        y = y.permute(dims[0], *kept, dims[1], *dims[2:])
-        y = y.reshape(*y.shape[: len(kept) + 2], -1)  # (inputs, *kept, units, positions)
+        y, places = _arranged(y, self._dims)
         samples, positions = len(y), y.shape[-1]
-        if positions == 1:  # then the sums below run over inputs
-            y = y[..., 0].movedim(0, -1)[None]
-        means, squares, largest = _along_last(y)
+        if mask is not None:
+            means, within, largest = _where(y, _checked_mask(mask, places))
+            samples, positions = len(means), 2  # of which there may be any number
+        else:
+            if positions == 1:  # then the sums below run over inputs
+                y = y[..., 0].movedim(0, -1)[None]
+            means, squares, largest = _along_last(y)
+            within = squares.sum(0) / positions
         chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
         chunk._samples, chunk._mean, chunk._largest = samples, means.mean(0), largest.amax(0)
-        within = squares.sum(0) / positions
         chunk._between = within if positions == 1 else (means - chunk._mean).square_().sum(0)
         chunk._within = within if positions == 1 else within + chunk._between
         if not torch.isfinite(chunk._within + chunk._mean.square()).all():
@@ -242,8 +248,50 @@ def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return shift[..., 0] + means, (squares - sums * means).clamp_(min=0), largest.to(torch.float64)
 
 
+def _arranged(y: torch.Tensor, named: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """y as (inputs, *kept, units, positions), and its sizes along inputs and positions."""
+    dims = [dim + y.ndim if dim < 0 else dim for dim in named]
+    if not all(0 <= dim < y.ndim for dim in dims) or len(set(dims)) < len(dims):
+        wanted = f"distinct dimensions {named} (sample, unit, positions)"
+        raise ValueError(f"y must have {wanted}, got shape {tuple(y.shape)}")
+    if y.numel() == 0:
+        raise ValueError(f"y must not be empty, got shape {tuple(y.shape)}")
+    kept = [dim for dim in range(y.ndim) if dim not in dims]
+    y = y.permute(dims[0], *kept, dims[1], *dims[2:])
+    behind = len(kept) + 2
+    return y.reshape(*y.shape[:behind], -1), (len(y), *y.shape[behind:])
+
+
+def _checked_mask(mask: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    mask = torch.as_tensor(mask)
+    if mask.dtype is not torch.bool or mask.shape != shape:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(f"mask must be boolean of shape (inputs, *positions) {shape}, got {got}")
+    if not mask.any():
+        raise ValueError("mask must leave an entry, got False everywhere")
+    flat: torch.Tensor = mask.flatten(1) if mask.ndim > 1 else mask[:, None]
+    return flat
+
+
+def _where(y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means over the positions that count, sum over inputs of their mean squares about them, and
+    largest entries; (inputs, *kept, units), (*kept, units), (inputs, *kept, units), float64."""
+    held = mask.any(1)
+    y, mask = y[held].to(torch.float64), mask[held].to(y.device)
+    mask = mask.reshape(len(mask), *[1] * (y.ndim - 2), -1)
+    count = mask.sum(-1)
+    means = torch.where(mask, y, 0).sum(-1) / count
+    squares = torch.where(mask, y - means[..., None], 0).square_().sum(-1) / count
+    return means, squares.sum(0), torch.where(mask, y, -torch.inf).amax(-1)
+
+
 def decompose(
-    y: Any, sample_dim: int = 0, unit_dim: int = -1, position_dims: tuple[int, ...] = ()
+    y: Any,
+    sample_dim: int = 0,
+    unit_dim: int = -1,
+    position_dims: tuple[int, ...] = (),
+    *,
+    mask: Any = None,
 ) -> Decomposition:
     """Split the mean square of preactivations into m^2 and v^2 (the paper's equation for sigma^2).
 
@@ -253,6 +301,8 @@ def decompose(
         unit_dim: Dimension that runs over units (channels).
         position_dims: Dimensions that run over positions (see :class:`Moments`). Other dimensions,
             networks for example, are kept.
+        mask: Which positions of which inputs count (see :meth:`Moments.update`), as of padded
+            sentences; without positions, which inputs.
 
     Examples:
         >>> result = decompose([[0.0, 5.0], [2.0, 5.0]])
@@ -261,7 +311,7 @@ def decompose(
         >>> print(result.m2, result.v2, result.sigma2, round(float(result.fraction), 3))
         12.5 1.0 13.5 0.074
     """
-    return Moments(sample_dim, unit_dim, position_dims).update(y).result()
+    return Moments(sample_dim, unit_dim, position_dims).update(y, mask).result()
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,13 +100,6 @@ class Shared(nn.Module):
         return self.second(self.first(x) if self.tied else self.second(self.first(x)))
 
 
-def constant_units() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
-    for parameter in model[2].parameters():
-        nn.init.zeros_(parameter)
-    return model
-
-
 class FailsTheSecondTime(nn.Module):
     """Raises after the layers before it have been changed."""
 
@@ -122,31 +115,19 @@ class FailsTheSecondTime(nn.Module):
     ("model", "initializer", "error", "message"),
     [
         (
-            constant_units(),
-            sv.init.sample_,
-            ValueError,
-            r"layer '2' must have positive, finite scales .* got 3 of 3 not so",
-        ),
-        (
             nn.Sequential(nn.Linear(4, 4), FailsTheSecondTime()),
             sv.init.sample_,
             RuntimeError,
             "half-way",
         ),
         (
-            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
             sv.init.total_,
             ValueError,
-            "must hold its weight",
-        ),
-        (
-            nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)),
-            sv.init.total_,
-            ValueError,
-            "module '1', a LSTM, must be frozen",
+            "must have a layer to set, got '': weight made by SpectralNorm",
         ),
     ],
-    ids=["no variance", "raises", "parametrized", "beyond"],
+    ids=["raises", "parametrized"],
 )
 def test_failure_leaves_the_model_as_it_was(
     model: nn.Module, initializer: object, error: type[Exception], message: str
@@ -208,6 +189,114 @@ def test_what_is_left_is_said() -> None:
     embedding = model.transformer.wte.weight.detach().clone()
     assert sv.init.sample_(model, batch).done.iloc[-1] == "left, tied to transformer.wte"
     assert torch.equal(embedding, model.transformer.wte.weight)
+
+
+def test_what_cannot_be_set_is_left_with_one_warning() -> None:
+    orthogonal = nn.utils.parametrizations.orthogonal(nn.Linear(5, 5))
+    model = nn.Sequential(nn.Linear(4, 5), orthogonal, nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 2))
+    for parameter in model[3].parameters():
+        nn.init.zeros_(parameter)
+    before = copy.deepcopy(orthogonal.state_dict())
+    with pytest.warns(UserWarning, match="left as they are") as found:
+        table = sv.init.sample_(model, gaussian(20, 4))
+    assert [str(x.message) for x in found] == [
+        "left as they are: '1' (weight made by Orthogonal); '3' (output 0 for every input); "
+        "'4' (no variation over inputs): freeze them to leave them silently"
+    ]
+    assert table.done.str.startswith("left").tolist() == [False, True, True, True]
+    torch.testing.assert_close(orthogonal.state_dict(), before, rtol=0, atol=0)
+    for layer in list(model)[1:]:
+        layer.requires_grad_(False)
+    assert sv.init.sample_(model, gaussian(20, 4)).done.tolist() == ["set", *["left, frozen"] * 3]
+
+
+def test_units_that_do_not_vary_are_left() -> None:
+    layer, x = nn.Linear(4, 5), gaussian(20, 4)
+    with torch.no_grad():
+        layer.weight[2] = 0
+    with pytest.warns(UserWarning, match=r"' units 2' \(no variation over inputs\)"):
+        table = sv.init.sample_(layer, x)
+    assert table.done.tolist() == ["set but for 1 units without variation"]
+    with torch.no_grad():
+        variance = layer(x).double().var(0).numpy()
+    np.testing.assert_allclose(variance, [1, 1, 0, 1, 1], rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("initializer", [sv.init.total_, sv.init.sample_])
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["old", "new"]
+)
+def test_weight_normalization(norm: Any, initializer: Any) -> None:
+    model: Any = nn.Sequential(
+        norm(nn.Conv1d(4, 6, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(18, 5)), nn.ReLU()
+    )
+    x = gaussian(50, 4, 5)
+    directions = [layer.weight.detach() / layer.weight.norm() for layer in (model[0], model[3])]
+    table = initializer(model, x)
+    assert set(table.done) == {"set"}
+    with torch.no_grad():
+        y = model[0](x).double()
+        z = model[3](model[2](torch.relu(model[0](x)))).double()
+    if initializer is sv.init.total_:
+        assert float(y.square().mean()) == pytest.approx(1, rel=1e-4)
+        assert float(z.square().mean()) == pytest.approx(1, rel=1e-4)
+        for layer, old in zip((model[0], model[3]), directions, strict=True):
+            torch.testing.assert_close(layer.weight.detach() / layer.weight.norm(), old)
+    else:
+        np.testing.assert_allclose(z.var(0), 1, rtol=1e-4)
+        assert float(z.mean(0).abs().max()) < 1e-5
+        assert float(y.mean((0, 2)).abs().max()) < 1e-5
+
+
+def test_a_length_for_several_units_is_left_by_sample_init() -> None:
+    def made() -> nn.Module:
+        layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3, padding=1), dim=2)
+        return nn.Sequential(layer, nn.Conv1d(6, 6, 1))
+
+    x = gaussian(20, 4, 5)
+    with pytest.warns(UserWarning, match=r"left as they are: '0' \(one scale for several units\)"):
+        assert sv.init.sample_(made(), x).done.tolist()[1] == "set"
+    assert sv.init.total_(made(), x).done.tolist() == ["set", "set"]
+
+
+@pytest.mark.parametrize("initializer", [sv.init.total_, sv.init.sample_])
+def test_padding_does_not_count(initializer: Any) -> None:
+    def made() -> nn.Module:
+        return Tokens(nn.Linear(4, 8), nn.Linear(8, 3))
+
+    long, short = gaussian(30, 6, 4), gaussian(30, 2, 4, seed=1)
+    batches = [
+        {"x": x, "attention_mask": torch.ones(x.shape[:2], dtype=torch.int64)}
+        for x in (long, short)
+    ]
+    with pytest.raises(ValueError, match=r"one shape to be joined, got .* pad them and give mask="):
+        initializer(made(), batches)
+    model = made()
+    table = initializer(model, batches, mask="attention_mask")
+    assert set(table.done) == {"set"}
+    with torch.no_grad():
+        outputs = [model(x, None).double() for x in (long, short)]  # without padding
+    mean = torch.cat([y.mean(1) for y in outputs]).mean(0)
+    square = torch.cat([y.square().mean(1) for y in outputs]).mean(0)
+    if initializer is sv.init.sample_:
+        assert float(mean.abs().max()) < 1e-5
+        assert float(square.mean()) == pytest.approx(1, rel=0.02)  # m^2 is of pairs of inputs
+    else:
+        assert float(square.mean()) == pytest.approx(1, rel=1e-5)
+    assert table.v2_after.iloc[-1] + table.m2_after.iloc[-1] == pytest.approx(float(square.mean()))
+
+
+class Tokens(nn.Module):
+    """Two layers on every token."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = layers
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return y
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -372,8 +373,8 @@ def test_what_cannot_be_followed_has_no_row() -> None:
     model = One(mixed, layer=linear(4, 5), other=linear(4, 5))
     with pytest.warns(UserWarning, match="a dimension that could not be followed: layer"):
         assert sv.probe(model, SEQUENCES).name.tolist() == ["other"]
-    with pytest.raises(ValueError, match="layer 'layer' must show which dimension"):
-        sv.init.total_(model, SEQUENCES)
+    with pytest.warns(UserWarning, match=r"left as they are: 'layer' \(inputs not apart\)"):
+        assert sv.init.total_(model, SEQUENCES).done.tolist() == ["set"]
 
 
 @pytest.mark.parametrize(
@@ -399,3 +400,57 @@ def test_sequences_over_inputs_are_named(module: nn.Module) -> None:
     model.function = lambda self, x: forward(self, x.transpose(0, 1))
     for inputs in (5, 6):  # and no warning
         assert sv.probe(model, gaussian(inputs, 5, 8), layers=["head"]).samples[0] == inputs
+
+
+class Padded(torch.nn.Module):
+    """A layer on tokens, one on their mean, and one on every other token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.pooled, self.scores = linear(4, 8), linear(8, 3), linear(8, 6)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y = self.tokens(x)
+        self.scores(y[:, ::2])
+        kept = y * mask[..., None]
+        return self.pooled(kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
+
+
+def test_padding_does_not_count() -> None:
+    model, x = Padded(), gaussian(5, 6, 4)
+    lengths = torch.tensor([6, 3, 1, 2, 5])
+    mask = torch.arange(6) < lengths[:, None]
+    batch = {"x": torch.where(mask[..., None], x, 99.0), "mask": mask}
+    with pytest.warns(UserWarning, match="have other positions than the mask: scores"):
+        table = sv.probe(model, batch, mask="mask", maximum=True)
+    with torch.no_grad():
+        alone = [model.tokens(x[a, : lengths[a]]).double() for a in range(5)]
+    means = torch.stack([y.mean(0) for y in alone])
+    m2 = np.mean(
+        [float((means[a] * means[b]).mean()) for a in range(5) for b in range(5) if a != b]
+    )
+    row = table.set_index("name").loc["tokens"]
+    assert row.m2 == pytest.approx(m2, rel=1e-5)
+    sigma2 = np.mean([float(y.square().mean()) for y in alone])
+    assert row.sigma2 == pytest.approx(sigma2, rel=1e-5)
+    assert row.maximum == pytest.approx(max(float(y.abs().max()) for y in alone))
+    assert row.samples == 5
+    with pytest.warns(UserWarning, match="have other positions than the mask"):
+        again = sv.probe(model, [batch, batch], mask=lambda batch: batch["mask"].int())
+    assert again.set_index("name").sigma2["tokens"] == pytest.approx(sigma2, rel=1e-5)
+    few = sv.probe(model, batch, mask=lambda batch: lengths > 1)  # whole inputs
+    assert set(few.samples) == {4}
+
+
+def test_bad_masks_are_refused() -> None:
+    model, x = linear(4, 2), gaussian(5, 6, 4)
+    for mask, error, message in (
+        (3, TypeError, "mask must be a key of the batch or a function of it, got int"),
+        ("mask", ValueError, "mask must be a key of the batch, got 'mask' for Tensor"),
+        (lambda x: x[0], ValueError, r"mask must give a tensor .* of 5 inputs, got \(6, 4\)"),
+        (lambda x: None, ValueError, "mask must give a tensor .* got NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            sv.probe(model, x, mask=mask)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positions must be 'samples' where a mask is given"):
+        sv.probe(model, x, mask=lambda x: x[..., 0], positions="units")

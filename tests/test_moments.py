@@ -215,3 +215,39 @@ def test_split_at_the_ends_of_float32() -> None:
         np.testing.assert_allclose(
             [found.m2, found.v2], np.array([expected.m2, expected.v2]) * scale**2, rtol=1e-5
         )
+
+
+def test_mask_equals_inputs_without_padding() -> None:
+    y = np.random.default_rng(0).normal(
+        1.0, 1.0, (6, 4, 5, 3)
+    )  # inputs, positions, positions, units
+    mask = np.random.default_rng(1).random((6, 4, 5)) < 0.5
+    mask[2] = False  # an input of which nothing counts
+    padded = np.where(mask[..., None], y, np.nan)
+    found = decompose(padded, 0, 3, (1, 2), mask=mask)
+    alone = [y[a][mask[a]] for a in range(6) if mask[a].any()]  # (positions that count, units)
+    means = np.array([x.mean(0) for x in alone])
+    pairs = [means[a] * means[b] for a in range(5) for b in range(5) if a != b]
+    np.testing.assert_allclose(found.m2, np.mean(pairs))
+    np.testing.assert_allclose(found.sigma2, np.mean([(x**2).mean() for x in alone]))
+    np.testing.assert_allclose(found.largest, np.max([x.max(0) for x in alone], axis=0))
+    assert found.samples == 5
+    chunks = Moments(0, 3, (1, 2))
+    for part in (slice(0, 2), slice(3, 6)):
+        chunks.update(padded[part], mask[part])
+    np.testing.assert_allclose(chunks.result().v2, found.v2)
+    whole = decompose(y, 0, 3, (1, 2), mask=np.ones((6, 4, 5), bool))
+    np.testing.assert_allclose(whole.v2, decompose(y, 0, 3, (1, 2)).v2)
+    np.testing.assert_allclose(
+        decompose(y[:, 1, 2], mask=mask[:, 1, 2]).v2, decompose(y[:, 1, 2][mask[:, 1, 2]]).v2
+    )
+
+
+def test_bad_masks() -> None:
+    y = torch.ones(3, 4, 2)
+    wanted = r"mask must be boolean of shape \(inputs, \*positions\) \(3, 4\), got "
+    for mask, got in ((torch.ones(3, 4), "torch.float32"), (torch.ones(3, 2) > 0, "torch.bool")):
+        with pytest.raises(ValueError, match=wanted + got):
+            decompose(y, 0, 2, (1,), mask=mask)
+    with pytest.raises(ValueError, match="mask must leave an entry, got False everywhere"):
+        decompose(y, 0, 2, (1,), mask=torch.zeros(3, 4) > 0)

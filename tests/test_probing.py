@@ -1,7 +1,9 @@
 """The probe against arithmetic by hand on stored activations, and the traces it must not leave."""
 
 import copy
+import io
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from itertools import permutations
@@ -343,23 +345,29 @@ class Windows(Flattens):
         return self.after(super().forward(self.before(x)).unflatten(0, x.shape[:2]))
 
 
-def test_rows_that_merge_inputs_are_left_out() -> None:
+def test_inputs_merged_with_positions_are_told_apart_again() -> None:
     model, x = Windows(), gaussian(3, 6, 4)
-    with pytest.warns(
-        UserWarning, match="1 outputs have no row because they merge the inputs .*: layer"
-    ):
-        explanation = sv.explain(model, x)
-    assert list(explanation.table.name) == ["before", "after"]
-    assert explanation.theory.start.tolist() == ["input", ""]
-    before = state(model)
+    explanation = sv.explain(model, x)
+    assert list(explanation.table.name) == ["before", "layer", "after"]
+    with torch.no_grad():
+        y = model.layer(model.before(x).flatten(0, 1)).unflatten(0, (3, 6))
+    expected = sv.decompose(y, 0, 2, (1,))
+    row = explanation.table.iloc[1]
+    assert (row.m2, row.v2) == pytest.approx((float(expected.m2), float(expected.v2)))
+    assert sv.init.sample_(model, x).done.tolist() == ["set"] * 3
+    with torch.no_grad():
+        y = model.layer(model.before(x).flatten(0, 1)).unflatten(0, (3, 6))
+    np.testing.assert_allclose(sv.decompose(y, 0, 2, (1,)).variance, 1, rtol=1e-4)
+
+
+def test_inputs_that_are_mixed_have_no_row() -> None:
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
+    mixed = Holds(lambda self, x: self.layer(x.flatten(0, 1)[order]))
     with pytest.raises(ValueError, match="layer 'layer' must keep the 3 inputs of a batch apart"):
-        sv.init.sample_(model, x)
-    same(before, state(model))
+        sv.probe(mixed, gaussian(3, 6, 4))
 
 
 def test_inputs_must_stay_apart() -> None:
-    with pytest.raises(ValueError, match="layer 'layer' must keep the 3 inputs of a batch apart"):
-        sv.probe(Flattens(), gaussian(3, 5, 4))
     with pytest.raises(ValueError, match="layer '' must see a batch"):
         sv.probe(nn.Conv2d(1, 2, 3), gaussian(1, 6, 6))
     with pytest.raises(
@@ -403,10 +411,8 @@ def test_no_weighted_layer_called() -> None:
     with pytest.raises(ValueError, match="model must call a weighted layer"):
         sv.probe(Idle(), gaussian(3, 4))
     half_idle = nn.Sequential(nn.Linear(4, 4), Idle())
-    with pytest.raises(
-        ValueError, match=r"layer '1\.layer' must be called in the model's forward pass"
-    ):
-        sv.init.total_(half_idle, gaussian(3, 4))
+    with pytest.warns(UserWarning, match=r"left as they are: '1\.layer' \(not called\): freeze"):
+        assert sv.init.total_(half_idle, gaussian(3, 4)).name.tolist() == ["0"]
 
 
 def by_hand_of_any(y: np.ndarray, unit: int, positions: str) -> tuple[float, float]:
@@ -779,12 +785,13 @@ def test_batches_and_outputs_of_odd_kinds() -> None:
         sv.probe(linear, list(x))
 
 
-def test_a_row_that_merges_later_is_left_out() -> None:
-    model = Holds(
-        lambda self, x: self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) @ torch.eye(4)
-    )
-    with pytest.raises(ValueError, match="must keep the 5 inputs"):
-        sv.probe(model, [gaussian(5, 1, 4), gaussian(5, 2, 4)])
+def test_a_row_may_merge_inputs_in_some_batches_only() -> None:
+    model = Holds(lambda self, x: self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+    short, long = gaussian(5, 1, 4), gaussian(5, 2, 4, seed=1)
+    table = sv.probe(model, [short, long])
+    with torch.no_grad():
+        expected = sv.Moments(0, 2, (1,)).update(model.layer(short)).update(model.layer(long))
+    assert table.v2[0] == pytest.approx(float(expected.result().v2))
 
 
 def test_all_rows_depend_on_the_inputs_and_can_be_chosen_by_their_names() -> None:
@@ -866,9 +873,83 @@ def test_probe_in_a_loop_ends_with_its_context_and_takes_any_call() -> None:
         silent(torch.tensor(1.0), gaussian(5, 4))
     assert probe.table.step.tolist() == [0, 1]  # the model returned nothing
     numbers = Holds(lambda self, count: self.layer(torch.ones(count, 4)))
-    with sv.Probe(numbers) as probe:
+    nothing_found = r"measured nothing: steps with no tensor .* \(1\)"
+    with pytest.warns(UserWarning, match=nothing_found), sv.Probe(numbers) as probe:
         numbers(5)
     assert probe.table.empty
+
+
+def test_probe_says_why_it_measured_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def evaluated() -> None:
+        with torch.no_grad():
+            model(gaussian(3, 4))
+
+    compiled = torch.compile(model, backend="eager")
+    compiled(gaussian(3, 4))
+    for step, reason in (
+        (lambda: model[0](gaussian(3, 4)), "the model itself was not called: call it as model"),
+        (evaluated, r"calls under no_grad, which are not steps \(1\)"),
+        (lambda: model(gaussian(1, 4)), r"steps with one input \(1\)"),
+    ):
+        with pytest.warns(UserWarning, match=f"Probe measured nothing: {reason}"), sv.Probe(model):
+            step()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with sv.Probe(model) as probe:
+            compiled(gaussian(3, 4))
+    assert len(probe.table) or len(found) == 1
+    torch._dynamo.reset()
+
+
+def test_probe_leaves_out_a_step_that_skips_a_layer() -> None:
+    skips = iter([0, 1, 0])
+    model = Holds(lambda self, x: x if next(skips) else self.layer(x))
+    with sv.Probe(model) as probe:
+        for _ in range(3):
+            model(gaussian(5, 4))
+    assert probe.table.step.tolist() == [0, 2]
+
+
+def test_copies_and_files_of_a_probed_model_do_not_measure() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    stream = io.BytesIO()
+    with sv.Probe(model) as probe:
+        model(gaussian(5, 4))
+        copied = copy.deepcopy(model)
+        torch.save(model, stream)
+        copied(gaussian(5, 4))
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)  # written above
+    torch.testing.assert_close(loaded(gaussian(5, 4)), model(gaussian(5, 4)))
+    assert probe.table.step.tolist() == [0]
+
+
+def test_probe_logs_every_step_and_outlives_a_log_that_fails() -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    log = lambda *given: logged.append(given)  # noqa: E731
+    with sv.Probe(model, every=2, maximum=True, log=log) as probe:
+        for step in range(3):
+            y = model(gaussian(5, 4, seed=step))
+    assert y.shape == (5, 4)
+    assert [step for step, _ in logged] == [0, 2]
+    row = probe.table.iloc[1]
+    assert logged[1][1]["fraction/0"] == row.fraction
+    assert row.maximum == pytest.approx(
+        float(model[0](gaussian(5, 4, seed=2)).detach().abs().max())
+    )
+
+    def fails(step: int, values: dict[str, float]) -> None:
+        raise OSError("disk full")
+
+    full = "could not log step 0: OSError: disk full"
+    with pytest.warns(UserWarning, match=full), sv.Probe(model, log=fails) as probe:
+        model(gaussian(5, 4))
+    assert len(probe.table) == 1
+    with pytest.raises(TypeError, match="log must be a function of step and values, got int"):
+        sv.Probe(model, log=3)  # type: ignore[arg-type]
 
 
 def test_generators_are_as_before_where_the_loader_draws() -> None:

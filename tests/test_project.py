@@ -59,12 +59,14 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.attributes": "",
     "probing.models": "probing.attributes",
     "probing.batches": "probing.models",
+    "probing.scales": "probing.models",
     "probing.axes": "probing.models probing.operations",
     "probing.norms": "probing.operations",
     "probing.calls": "probing.models probing.norms probing.operations",
     "probing.graph": "probing.calls probing.operations",
     "probing.faults": "probing.along probing.calls probing.graph probing.operations",
-    "probing.rows": "probing.axes probing.calls probing.models probing.operations moments",
+    "probing.rows": "probing.axes probing.batches probing.calls probing.models "
+    "probing.operations moments",
     "probing.probe": "probing.batches probing.calls probing.models probing.rows moments",
     "probing.watch": "probing.models probing.rows",
     "probing.along": "probing.calls probing.operations theory.activations theory.maps",
@@ -72,7 +74,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.graph probing.operations probing.probe probing.rows",
     "probing.report": "probing.diagnosis probing.faults probing.along plot",
     "probing.init": "probing.axes probing.batches probing.models probing.probe probing.along "
-    "probing.calls moments",
+    "probing.calls probing.rows probing.scales moments",
     # its commands' inputs are those of experiments
     "probing.command": "_command probing.diagnosis probing.init probing.probe probing.report "
     "probing.rows experiments.data",

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from svlib.probing.models import mapped, named_modules
+from svlib.probing.models import Dimensions, dimensions, mapped, named_modules
 from svlib.probing.operations import RESHAPES
 
 # of outputs with the shape of their input, those of these have other dimensions
@@ -36,6 +36,17 @@ class _Place(NamedTuple):
 
 
 _FIRST, _LOST = _Place(0), _Place(-1)
+# of tensors of indices, which may mix what belongs to different inputs
+_PICKS = frozenset({"get", "getitem", "index_select", "gather", "take_along_dim"})
+
+
+class Placed(NamedTuple):
+    """An output with its inputs in a dimension of their own, its dimensions as
+    :func:`svlib.decompose` takes them, and its unit dimension before."""
+
+    y: torch.Tensor
+    dims: Dimensions
+    unit: int
 
 
 class Axes(TorchFunctionMode):
@@ -64,6 +75,29 @@ class Axes(TorchFunctionMode):
     def is_first(self, y: torch.Tensor) -> bool:
         """Whether inputs were followed to the first dimension of this tensor."""
         return y in self._places and self.of(y) == 0
+
+    def merges(self, y: torch.Tensor) -> bool:
+        """Whether the inputs lie in one dimension with others, in a known order."""
+        place = self._places.get(y, _LOST)
+        size = 0 if place == _LOST else y.shape[place.dim]
+        return self._samples < size and size % (place.inner * self._samples) == 0
+
+    def apart(self, name: str, module: nn.Module | None, y: torch.Tensor, unit: Any) -> Placed:
+        """An output as it can be decomposed; arguments and errors as those of
+        :func:`svlib.probing.models.dimensions`."""
+        if not self.merges(y):
+            dims = dimensions(name, module, y, self._samples, unit, self.of(y))
+            return Placed(y, dims, dims[1])
+        place = self._places[y]
+        size = y.shape[place.dim]
+        axis, unit, positions = dimensions(name, module, y, size, unit, place.dim)
+        outer = size // (place.inner * self._samples)
+        sizes = [x for x in (outer, self._samples, place.inner) if x > 1]
+        here = axis + (outer > 1)
+        added = [dim for dim in range(axis, axis + len(sizes)) if dim != here]
+        later = [dim + (len(sizes) - 1) * (dim > axis) for dim in (unit, *positions)]
+        dims = here, later[0], (*added, *later[1:])
+        return Placed(y.reshape(*y.shape[:axis], *sizes, *y.shape[axis + 1 :]), dims, unit)
 
     def replace(self, y: torch.Tensor, new: torch.Tensor) -> None:
         """Say that a tensor takes the place of another."""
@@ -107,6 +141,8 @@ class Axes(TorchFunctionMode):
         name = getattr(function, "__name__", "").strip("_")
         x = followed[0]
         place = self._places[x]
+        if name in _PICKS and self.merges(x) and any(map(_is_index, (*args, *kwargs.values()))):
+            return [_LOST] * len(made)
         if name in RESHAPES and made[0].numel() == x.numel():
             return [_reshaped(x, place, made[0], self._samples)]
         alike = next((x for x in followed if x.shape == made[0].shape), None)
@@ -114,7 +150,7 @@ class Axes(TorchFunctionMode):
             return [self._places[alike]]
         if name in _RECURRENT:  # the states are (layers, batch, features) whatever the sequence is
             return [place, *[_Place(1) if x.ndim == 3 else _LOST] * (len(made) - 1)]
-        grown = self._of_one_more(function, args, kwargs)
+        grown = _of_one_more(function, args, kwargs, self._places, self._samples)
         if grown is None or len(grown) != len(made):
             return [_likely(x, place, y, self._samples) for y in made]
         pairs = zip(made, grown, strict=True)
@@ -124,22 +160,30 @@ class Axes(TorchFunctionMode):
         """Whether sizes alone tell that the inputs are first."""
         return x.shape[:1] == (self._samples,) and x.shape.count(self._samples) == 1
 
-    def _of_one_more(self, function: Any, args: Any, kwargs: Any) -> list[torch.Size] | None:
-        """Shapes of a function's outputs for one input more, if they can be had."""
 
-        def enlarged(x: torch.Tensor) -> torch.Tensor:
-            place, shape = self._places.get(x, _LOST), list(x.shape)
-            if place != _LOST:
-                shape[place.dim] += shape[place.dim] // self._samples
-            return torch.empty(shape, dtype=x.dtype, device="meta")
+def _of_one_more(
+    function: Any, args: Any, kwargs: Any, places: Any, samples: int
+) -> list[torch.Size] | None:
+    """Shapes of a function's outputs for one input more, if they can be had."""
 
-        try:
-            with torch.no_grad():
-                output = function(*mapped(enlarged, tuple(args)), **mapped(enlarged, kwargs))
-        except Exception:  # sizes written out, entries looked at: then what is likely has to do
-            return None
-        outputs = [output] if isinstance(output, torch.Tensor) else output
-        return [y.shape for y in outputs if isinstance(y, torch.Tensor)]
+    def enlarged(x: torch.Tensor) -> torch.Tensor:
+        place, shape = places.get(x, _LOST), list(x.shape)
+        if place != _LOST:
+            shape[place.dim] += shape[place.dim] // samples
+        return torch.empty(shape, dtype=x.dtype, device="meta")
+
+    try:
+        with torch.no_grad():
+            output = function(*mapped(enlarged, tuple(args)), **mapped(enlarged, kwargs))
+    except Exception:  # sizes written out, entries looked at: then what is likely has to do
+        return None
+    outputs = [output] if isinstance(output, torch.Tensor) else output
+    return [y.shape for y in outputs if isinstance(y, torch.Tensor)]
+
+
+def _is_index(value: Any) -> bool:
+    items = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(x, torch.Tensor) and not x.is_floating_point() for x in items)
 
 
 def _reshaped(x: torch.Tensor, place: _Place, y: torch.Tensor, samples: int) -> _Place:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from svlib import _check
-from svlib.probing.models import DEPTH, mapped, tensors
+from svlib.probing.models import DEPTH, Dimensions, MaskError, mapped, tensors
 
 Caller = Callable[[Any, Any], Any]
+Masker = str | Callable[[Any], torch.Tensor]
 
 
 class Reading(NamedTuple):
     """How batches are to be read, where they do not say it themselves: the number of inputs in
-    each, and a function of model and batch that calls the model."""
+    each, a function of model and batch that calls the model, and what says which positions count
+    (a key of the batch or a function of it)."""
 
     inputs: int | None = None
     call: Caller | None = None
+    mask: Masker | None = None
 
     def checked(self) -> Reading:
         call: object = self.call
@@ -30,7 +33,29 @@ class Reading(NamedTuple):
             raise TypeError(f"call must be {wanted}, got {type(call).__name__}")
         if self.inputs is not None:
             _check.integer("inputs", self.inputs)
+        mask: object = self.mask
+        if not (mask is None or isinstance(mask, str) or callable(mask)):
+            wanted = "a key of the batch or a function of it"
+            raise TypeError(f"mask must be {wanted}, got {type(mask).__name__}")
         return self
+
+    def mask_of(self, batch: Any, samples: int) -> torch.Tensor | None:
+        """Which positions of which inputs of a batch count, (inputs, *positions)."""
+        if self.mask is None:
+            return None
+        if callable(self.mask):
+            found = self.mask(batch)
+        else:
+            batch = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            if not isinstance(batch, Mapping) or self.mask not in batch:
+                keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ValueError(f"mask must be a key of the batch, got {self.mask!r} for {keys}")
+            found = batch[self.mask]
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if not isinstance(shape, tuple) or shape[:1] != (samples,):
+            wanted = f"a tensor (inputs, *positions) of {samples} inputs"
+            raise ValueError(f"mask must give {wanted}, got {shape}")
+        return found != 0
 
 
 class Batch(NamedTuple):
@@ -43,6 +68,7 @@ class Batch(NamedTuple):
     kwargs: dict[str, Any]
     samples: int
     call: Caller | None = None
+    mask: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         return [x for _, x in self._named()]
@@ -120,7 +146,7 @@ def _read(model: nn.Module, batch: Any, reading: Reading) -> Batch:
             _refuse_chunks(model, batch)
         read = _arguments(model, batch, reading)
     found = read.tensors()
-    if reading == Reading():
+    if reading._replace(mask=None) == Reading():
         _refuse_sparse(found)
     samples = reading.inputs or next((x.size(0) for x in found if x.ndim), 0)
     if not samples and not any(x.ndim for x in found):
@@ -132,7 +158,7 @@ def _read(model: nn.Module, batch: Any, reading: Reading) -> Batch:
     plain = (x for x in found if x.is_floating_point() and not x.is_nested)
     if (numbers := next((x for x in plain if x.layout is torch.strided), None)) is not None:
         _check.floating("batches", numbers)  # others may be masks with infinities
-    return read._replace(samples=samples)
+    return read._replace(samples=samples, mask=reading.mask_of(batch, samples))
 
 
 def _arguments(model: nn.Module, batch: Any, reading: Reading) -> Batch:
@@ -178,6 +204,77 @@ def _refuse_chunks(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> None
             text += "of which the model takes fewer: give list(batches) for several batches, "
             text += "[batch] for one with labels, [(items,)] for one list as the argument"
             raise ValueError(text)
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    """One batch of batches that are alike in everything but their tensors; with a mask also of
+    different lengths."""
+    listed = list(batches)
+    if (samples := sum(batch.samples for batch in listed)) < 2:
+        raise ValueError(f"batches must hold at least 2 inputs, got {samples}")
+    names = [batch.names() for batch in listed]
+    if any(other != names[0] for other in names):
+        other = next(x for x in names if x != names[0])
+        raise ValueError(f"batches must hold the same tensors, got {names[0]} and {other}")
+    masks = [batch.mask for batch in listed if batch.mask is not None]
+    columns = list(zip(*(batch.tensors() for batch in listed), strict=True))
+    if masks:  # then what is padded does not count
+        columns = [tuple(_padded(column)) for column in columns]
+    parts = {id(x): column for x, column in zip(listed[0].tensors(), columns, strict=True)}
+    whole: Batch = listed[0].replaced(
+        lambda x: _column(names[0][list(parts).index(id(x))], parts[id(x)], listed)
+    )
+    mask = torch.cat(_padded(masks)) if masks else None
+    return whole._replace(samples=samples, mask=mask)
+
+
+def _padded(found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """With zeros behind, so that all have the same size but along the first dimension."""
+    if len({x.ndim for x in found}) > 1 or not found[0].ndim:
+        return list(found)
+    sizes = [max(size) for size in zip(*(x.shape[1:] for x in found), strict=True)]
+    padded = [x.new_zeros(len(x), *sizes) for x in found]
+    for new, x in zip(padded, found, strict=True):
+        new[tuple(map(slice, x.shape))] = x
+    return padded
+
+
+def _column(name: str, found: tuple[torch.Tensor, ...], batches: list[Batch]) -> torch.Tensor:
+    """One tensor of all batches: joined where it holds inputs, the same in all otherwise."""
+    holds = all(x.ndim and len(x) == batch.samples for x, batch in zip(found, batches, strict=True))
+    shapes = sorted({tuple(x.shape[1:]) for x in found})
+    what = name or "a tensor"
+    if holds and len(shapes) == 1:
+        return torch.cat(found)
+    if holds:
+        way = "pad them and give mask=, or give one batch"
+        got = f"got {what} with {shapes[0]} and {shapes[1]}"
+        raise ValueError(f"batches must have inputs of one shape to be joined, {got}: {way}")
+    if all(x.shape == found[0].shape and bool((x == found[0]).all()) for x in found):
+        return found[0]
+    got = f"{what} of shape {tuple(found[0].shape)} in the first: give one batch"
+    raise ValueError(f"batches must have inputs along first dimensions to be joined, got {got}")
+
+
+def counted(
+    y: torch.Tensor, dims: Dimensions, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An output without the inputs that a mask leaves out, and the mask of its positions, if it has
+    any.
+
+    Raises:
+        MergedInputsError: If its positions are not those of the mask.
+    """
+    if mask is None:
+        return y, None
+    mask = mask.to(y.device)
+    held = mask.flatten(1).any(1) if mask.ndim > 1 else mask
+    positions = tuple(y.shape[dim] for dim in dims[2])
+    if mask.ndim > 1 and positions and positions != mask.shape[1:]:
+        got = f"got {positions}"
+        raise MaskError(f"mask has positions {tuple(mask.shape[1:])}, an output has others, {got}")
+    y = y.index_select(dims[0], held.nonzero()[:, 0])
+    return y, mask[held] if mask.ndim > 1 and positions else None
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:

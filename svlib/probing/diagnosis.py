@@ -15,7 +15,7 @@ from torch import nn
 from svlib.probing import along
 from svlib.probing import operations as ops
 from svlib.probing.along import GRADIENTS
-from svlib.probing.batches import Caller, Reading
+from svlib.probing.batches import Caller, Masker, Reading
 from svlib.probing.calls import Call
 from svlib.probing.faults import COLLAPSED, SCALE, Finding, faults
 from svlib.probing.graph import Graph
@@ -83,6 +83,7 @@ def explain(
     positions: str = "samples",
     inputs: int | None = None,
     call: Caller | None = None,
+    mask: Masker | None = None,
 ) -> Explanation:
     """Measure a model, follow it with theory, and say in words what is wrong, with numbers.
 
@@ -98,7 +99,7 @@ def explain(
         >>> print(explanation.theory.fraction.round(2).iloc[[0, 1, 29]].tolist())
         [1.0, 0.68, 0.03]
     """
-    reading = Reading(inputs, call)
+    reading = Reading(inputs, call, mask)
     table, calls = measure(model, batches, layers, positions, reading, record=True, directions=True)
     theory = along.theory(table, calls, units=positions == "units")
     graph = Graph(table, calls)

@@ -10,10 +10,16 @@ Sample init keeps v^2 at 1 and pays in gradients: squared, they grow backwards b
 :math:`\pi/(\pi-1)=1.467` per ReLU layer, as with BatchNorm.
 
 Linear and convolutional layers are set (transposed, grouped ones and transformers' ``Conv1D`` too),
-each at its first call. Others are left as they are, and the column ``done`` says why: a layer whose
-weight or bias is frozen (``requires_grad`` is False), or whose weight was set already, in an
-earlier call or as that of another layer, or also belongs to something else, an embedding for
-example. A layer without a bias has its deviation set; its sample mean stays.
+each at its first call; under weight normalization their g and bias. Others are left as they are,
+and the column ``done`` says why: a layer whose weight or bias is frozen (``requires_grad`` is
+False), or whose weight was set already, in an earlier call or as that of another layer, or also
+belongs to something else, an embedding for example. A layer without a bias has its deviation set;
+its sample mean stays.
+
+One warning names what is left for other reasons: layers that are not called, whose output is 0 or
+does not vary over the inputs (the last layer of Fixup, the second matrix of LoRA), whose inputs
+cannot be told apart, whose weight another parametrization makes (spectral, orthogonal), and torch's
+attention and recurrent modules. Freezing a layer (``requires_grad_(False)``) leaves it silently.
 
 Normalization is neither touched nor folded in: the model runs in the mode it is in. In training
 mode a BatchNorm behind a layer takes away what is set; in evaluation mode, with running statistics
@@ -30,18 +36,18 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from svlib import _check
 from svlib.moments import Decomposition, decompose
 from svlib.probing.along import GRADIENTS, gradient_growth, uses_batch_statistics
 from svlib.probing.axes import Axes
-from svlib.probing.batches import Batch, Caller, Reading, as_batches
+from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches, counted, joined
 from svlib.probing.calls import Call
 from svlib.probing.models import (
-    dimensions,
+    Layer,
+    MaskError,
+    MergedInputsError,
     hooked,
-    is_transposed,
     named_modules,
     row_name,
     same_generators,
@@ -49,6 +55,8 @@ from svlib.probing.models import (
     weighted_layers,
 )
 from svlib.probing.probe import measure, probe_gradients
+from svlib.probing.rows import some
+from svlib.probing.scales import along, by_unit, carrier, divide_, maker
 
 _TOLERANCE = 0.05  # of a model in bfloat16, too
 _SET, _SET_WITHOUT_BIAS = "set", "deviation set; no bias, mean left"
@@ -66,6 +74,7 @@ def total_(
     gradients: bool = False,
     inputs: int | None = None,
     call: Caller | None = None,
+    mask: Masker | None = None,
 ) -> pd.DataFrame:
     """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
 
@@ -81,16 +90,20 @@ def total_(
         gradients: Measure squared gradients as well, by a backward pass before and one after.
         inputs: As in :func:`svlib.probe`.
         call: As in :func:`svlib.probe`.
+        mask: As in :func:`svlib.probe`. Batches may then have different lengths: they are padded
+            with zeros, which the model is taken to ignore where the mask is 0.
 
     Returns:
         One row per call of a layer: ``name``, ``type``, ``done``, and m2, v2, ratio (on request
         gradient2, relative to the last row) before and after.
 
     Raises:
-        ValueError: If a layer's output is 0 or merges inputs with their positions, or a layer is
-            not called though not frozen, or computes with its weight before it uses it; if
-            attention, recurrent or bilinear layers of torch are not frozen; or if there are fewer
-            than two inputs. The model is then as it was.
+        ValueError: If no layer can be set, one computes with its weight before it uses it, an
+            output is not finite, batches cannot be joined, or there are fewer than two inputs. The
+            model is then as it was.
+
+    Warns:
+        UserWarning: If layers are left, not because they are frozen or share a weight.
 
     Examples:
         >>> import svlib as sv
@@ -100,7 +113,7 @@ def total_(
         [1.0, 1.0, 1.0, 1.0]
     """
     _check.choice("centred", centred, (True, False))
-    parts, reading = _layer if centred else _total, Reading(inputs, call)
+    parts, reading = _layer if centred else _total, Reading(inputs, call, mask)
     return _initialize(model, batches, parts, gradients, reading)[0]
 
 
@@ -111,14 +124,16 @@ def sample_(
     gradients: bool = False,
     inputs: int | None = None,
     call: Caller | None = None,
+    mask: Masker | None = None,
 ) -> pd.DataFrame:
     """Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
 
-    Arguments, table and errors are those of :func:`total_`; a unit without variance is an error
-    too. Squared gradients then grow backwards by 1.467 per ReLU layer.
+    Arguments, table and errors are those of :func:`total_`. A unit that does not vary over the
+    inputs is left as it is. Squared gradients then grow backwards by 1.467 per ReLU layer.
 
     Warns:
-        UserWarning: If layers without a bias keep sample means above their deviations; or if
+        UserWarning: If layers are left as by :func:`total_`, or units;
+            if layers without a bias keep sample means above their deviations; or if
             squared gradients are to grow more than ``svlib.probing.along.GRADIENTS`` times through
             ReLU layers, along the way from input to output where they grow least.
 
@@ -129,7 +144,7 @@ def sample_(
         >>> print(table.v2_after.round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
     """
-    table, calls = _initialize(model, batches, _sample, gradients, Reading(inputs, call))
+    table, calls = _initialize(model, batches, _sample, gradients, Reading(inputs, call, mask))
     means_left = table[(table.done == _SET_WITHOUT_BIAS) & (table.ratio_after > 1)]
     if len(means_left) and not any(map(uses_batch_statistics, calls)):
         worst = means_left.sort_values("ratio_after").iloc[-1]
@@ -163,19 +178,17 @@ def _initialize(
     """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``."""
     _check.choice("gradients", gradients, (True, False))
     layers = weighted_layers(model)
-    setter = _Setter(layers, _left(model, layers), parts)
     with same_generators(model):  # a loader draws its order, and augments
-        batch = _joined(x.copied(model) for x in as_batches(model, batches, reading))
+        batch = joined(x.copied(model) for x in as_batches(model, batches, reading))
+    setter = _Setter(layers, _left(model, layers), parts, batch)
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before, _ = _measured(model, batch, gradients)
     try:
         copied = batch.copied(model)
         axes = Axes(copied.tensors(), batch.samples)
-        with untouched(model), hooked(layers, setter.on_output(batch.samples, axes)), axes:
+        with untouched(model), hooked(layers, setter.on_output(axes)), axes:
             copied.run(model)
-        if missed := setter.missed():
-            wanted = "must be called in the model's forward pass or be frozen"
-            raise ValueError(f"layer {missed[0]!r} {wanted}, got no call")
+        setter.finish()
         after, calls = _measured(model, batch, gradients)
         after["done"] = after.name.map(setter.done)
         if list(before.name) != list(after.name) or after.done.isna().any():
@@ -188,6 +201,7 @@ def _initialize(
                 parameter.copy_(value)
         torch.clear_autocast_cache()
         raise
+    setter.warn(_beyond(model))
     columns = ["m2", "v2", "ratio", *["gradient2"] * gradients]
     table = before[["name", "type", *columns]].merge(
         after[["name", *columns]], on="name", suffixes=("_before", "_after")
@@ -200,52 +214,109 @@ class _Setter:
     """Sets layers at their first call; ``done`` says of each call what was done."""
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], left: Mapping[str, str], parts: Parts
+        self, layers: Mapping[str, Layer], left: Mapping[str, str], parts: Parts, batch: Batch
     ) -> None:
         self._layers, self._left, self._parts = layers, left, parts
+        self._samples, self._mask = batch.samples, batch.mask
         self._calls: Counter[str] = Counter()
         self._set_as: dict[int, str] = {}  # storage of what was set, and the layer
+        self._unset: dict[str, list[str]] = {}  # reasons that a warning names, and layers
         self.done: dict[str, str] = {}
+        for name, layer in layers.items():
+            if carrier(layer) is None and name not in left:
+                self._leave(name, f"weight made by {maker(layer)}")
 
-    def missed(self) -> list[str]:
-        """Layers that should have been set and were not called."""
-        return [name for name in self._layers if not self._calls[name] and name not in self._left]
+    def finish(self) -> None:
+        """Note layers that were not called; raise if none was set."""
+        noted = {name for names in self._unset.values() for name in names}
+        for name in self._layers:
+            if not self._calls[name] and name not in self._left and name not in noted:
+                self._leave(name, "not called")
+        if not self._set_as and self._unset:
+            reason, names = next(iter(self._unset.items()))
+            raise ValueError(
+                f"model must have a layer to set, got {some(map(repr, names))}: {reason}"
+            )
+
+    def warn(self, beyond: list[str]) -> None:
+        """Say in one warning what was left."""
+        reasons = self._unset | ({"attention, recurrent or bilinear": beyond} if beyond else {})
+        if reasons:
+            parts = [f"{some(map(repr, names))} ({reason})" for reason, names in reasons.items()]
+            text = "left as they are: " + "; ".join(parts)
+            warnings.warn(f"{text}: freeze them to leave them silently", stacklevel=4)
+
+    def _leave(self, name: str, reason: str) -> str:
+        self._unset.setdefault(reason, []).append(name)
+        return f"left, {reason}"
 
     def on_output(
-        self, samples: int, axes: Axes
+        self, axes: Axes
     ) -> Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]:
-        """What to do with an output of a layer, given the number of inputs and where they lie."""
+        """What to do with an output of a layer, given where the inputs lie in it."""
 
         def set_(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
-            weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
-            held = [part for part in (weight, bias) if part is not None]
-            storages = [part.untyped_storage().data_ptr() for part in held]
-            shared = [self._set_as[place] for place in storages if place in self._set_as]
             self._calls[name] += 1
-            row = row_name(name, self._calls[name])
-            if name in self._left or shared:
-                self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"
+            row, weight = row_name(name, self._calls[name]), carrier(layer)
+            held = [part for part in (weight, layer._parameters.get("bias")) if part is not None]
+            shared = [self._set_as[at] for part in held if (at := _place(part)) in self._set_as]
+            if weight is None or name in self._left or shared:
+                why = f"left, set as {shared[0]!r}" if shared else "left, its weight is made"
+                self.done[row] = self._left.get(name, why)
                 return y
-            sample, unit, positions = dimensions(name, layer, y, samples, axis=axes.of(y))
-            shift, scale = self._parts(decompose(y, sample, unit, positions))
-            shift, scale = shift.to(y), scale.to(y)
-            if bad := int((~((scale > 0) & scale.isfinite())).sum()):
-                wanted = "must have positive, finite scales to divide by"
-                raise ValueError(f"layer {name!r} {wanted}, got {bad} of {scale.numel()} not so")
-            whole = bias is not None or self._parts is _total
-            self.done[row] = _SET if whole else _SET_WITHOUT_BIAS
-            self._set_as.update(dict.fromkeys(storages, name))
-            _divide_(layer, scale)
-            if bias is None:
-                shift = torch.zeros_like(shift)
-            else:
-                bias.copy_((bias - shift) / scale)
-            torch.clear_autocast_cache()  # which holds the weights of before
-            new = (y - _along(shift, unit, y.ndim)) / _along(scale, unit, y.ndim)
-            axes.replace(y, new)
+            try:
+                found = axes.apart(name, layer, y, None)
+                held_y, mask = counted(found.y, found.dims, self._mask)
+            except MergedInputsError as error:
+                masked = isinstance(error, MaskError)
+                reason = "other positions than the mask" if masked else "inputs not apart"
+                self.done[row] = self._leave(name, reason)
+                return y
+            statistics = decompose(held_y, *found.dims, mask=mask)
+            new = self._set(name, row, layer, y, found.unit, statistics)
+            if new is not y:
+                self._set_as.update({_place(part): name for part in held})
+                axes.replace(y, new)
             return new
 
         return set_
+
+    def _set(
+        self, name: str, row: str, layer: Any, y: torch.Tensor, unit: int, found: Decomposition
+    ) -> torch.Tensor:
+        """Set one layer and return what its output is then."""
+        shift, scale = (x.to(y) for x in self._parts(found))
+        if bad := int((~scale.isfinite()).sum()):
+            wanted = "must have finite scales to divide by"
+            raise ValueError(f"layer {name!r} {wanted}, got {bad} of {scale.numel()} not so")
+        # what rounding leaves of a unit that does not vary is no variance
+        still = scale <= 2 * torch.finfo(y.dtype).eps * shift.abs()
+        if still.all():
+            silent = not found.sigma2
+            reason = "output 0 for every input" if silent else "no variation over inputs"
+            self.done[row] = self._leave(name, reason)
+            return y
+        if scale.ndim and not by_unit(layer, len(scale)):
+            self.done[row] = self._leave(name, "one scale for several units")
+            return y
+        bias = layer._parameters.get("bias")
+        self.done[row] = _SET if bias is not None or self._parts is _total else _SET_WITHOUT_BIAS
+        if still.any():
+            places = [int(place) for place in still.nonzero()[:, 0]]
+            self._leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
+            self.done[row] = f"set but for {len(places)} units without variation"
+            scale, shift = torch.where(still, 1, scale), torch.where(still, 0, shift)
+        divide_(layer, scale)
+        if bias is None:
+            shift = torch.zeros_like(shift)
+        else:
+            bias.copy_((bias - shift) / scale)
+        torch.clear_autocast_cache()  # which holds the weights of before
+        return (y - along(shift, unit, y.ndim)) / along(scale, unit, y.ndim)
+
+
+def _place(parameter: torch.Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
 
 
 def _verify(after: pd.DataFrame, parts: Parts) -> None:
@@ -262,53 +333,29 @@ def _verify(after: pd.DataFrame, parts: Parts) -> None:
 
 
 def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layers that are not to be set, and why; refuses what cannot be."""
+    """Layers that are left because they are frozen or their weight belongs to something else."""
     owners: dict[int, list[str]] = {}
     for name, module in named_modules(model):
-        free = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        if isinstance(module, _BEYOND) and free:
-            kind = type(module).__name__
-            reason = "must be frozen for this call (requires_grad False): its weights cannot be set"
-            raise ValueError(f"module {name!r}, a {kind}, {reason}")
         for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(id(parameter), []).append(name.split(".parametrizations.")[0])
     left = {}
     for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            got = "it computes it from others"
-            raise ValueError(f"layer {name!r} must hold its weight as a parameter, {got}")
-        others = [owner for owner in owners[id(weight)] if owner not in layers]
-        if others:
-            left[name] = f"left, tied to {others[0]}"
-        elif not all(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+        others = [owner for owner in owners.get(id(carrier(layer)), []) if owner not in layers]
+        if not all(parameter.requires_grad for parameter in layer.parameters()):
             left[name] = "left, frozen"
+        elif others and carrier(layer) is not None:
+            left[name] = f"left, tied to {others[0]}"
     return left
 
 
-def _joined(batches: Any) -> Batch:
-    """Join batches that are alike in everything but their tensors."""
-    listed = list(batches)
-    if (samples := sum(batch.samples for batch in listed)) < 2:
-        raise ValueError(f"batches must hold at least 2 inputs, got {samples}")
-    names = [batch.names() for batch in listed]
-    if any(other != names[0] for other in names):
-        other = next(x for x in names if x != names[0])
-        raise ValueError(f"batches must hold the same tensors, got {names[0]} and {other}")
-    columns = zip(*(batch.tensors() for batch in listed), strict=True)
-    joined = {id(x[0]): _column(name, x, listed) for name, x in zip(names[0], columns, strict=True)}
-    whole: Batch = listed[0].replaced(lambda x: joined[id(x)])
-    return whole._replace(samples=samples)
-
-
-def _column(name: str, found: tuple[torch.Tensor, ...], batches: list[Batch]) -> torch.Tensor:
-    """One tensor of all batches: joined where it holds inputs, the same in all otherwise."""
-    if all(x.ndim and len(x) == batch.samples for x, batch in zip(found, batches, strict=True)):
-        return torch.cat(found)
-    if all(x.shape == found[0].shape and bool((x == found[0]).all()) for x in found):
-        return found[0]
-    got = f"{name or 'a tensor'} of shape {tuple(found[0].shape)} in the first: give one batch"
-    raise ValueError(f"batches must have inputs along first dimensions to be joined, got {got}")
+def _beyond(model: nn.Module) -> list[str]:
+    """Modules of torch whose weights are used otherwise than through layers, unless frozen."""
+    return [
+        name
+        for name, module in named_modules(model)
+        if isinstance(module, _BEYOND)
+        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
 
 
 def _measured(
@@ -321,24 +368,3 @@ def _measured(
     if gradients:
         table["gradient2"] = probe_gradients(model, batch, seed=0).gradient2
     return table, calls
-
-
-def _divide_(layer: nn.Module, scale: torch.Tensor) -> None:
-    """Divide a layer's weights by one scale per unit, or by one for all."""
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    if scale.ndim == 0 or is_transposed(layer):
-        weight /= scale
-    elif isinstance(layer, _ConvTransposeNd):
-        # (in, out / groups, kernel...): unit u belongs to group u // (out / groups)
-        by_group = weight.view(layer.groups, -1, *weight.shape[1:])
-        by_group /= scale.reshape(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
-    else:
-        weight /= _along(scale, 0, weight.ndim)
-
-
-def _along(values: torch.Tensor, dim: int, ndim: int) -> torch.Tensor:
-    """Values per unit, or one for all, shaped to broadcast along ``dim`` of ``ndim`` dimensions."""
-    return (
-        values if values.ndim == 0 else values.reshape([-1 if d == dim else 1 for d in range(ndim)])
-    )

@@ -39,6 +39,10 @@ class LostInputsError(MergedInputsError):
     """Several dimensions of an output may be that of the inputs."""
 
 
+class MaskError(MergedInputsError):
+    """An output has other positions than the mask."""
+
+
 def tensors(value: Any, name: str = "", *, objects: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor in nested lists, tuples, mappings and dataclasses, with its place:
     "['key'][1]"; on request in the attributes of other objects, so many objects deep."""

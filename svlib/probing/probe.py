@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from svlib._random import stream
-from svlib.probing.batches import Batch, Caller, Reading, as_batches
+from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches
 from svlib.probing.calls import Call
 from svlib.probing.models import (
     first_floating,
@@ -36,6 +36,7 @@ def measure(
     *,
     record: bool,
     directions: bool = False,
+    maximum: bool = False,
 ) -> tuple[pd.DataFrame, tuple[Call, ...]]:
     """The table of :func:`probe` and, with ``record``, the calls of the first batch.
 
@@ -47,8 +48,10 @@ def measure(
     weighted = weighted_layers(model) if layers is None else {}
     listed = as_batches(model, batches, reading)
     first: list[Batch] = []
+    if reading is not None and reading.mask is not None and positions == "units":
+        raise ValueError("positions must be 'samples' where a mask is given, got 'units'")
     for gradients in (False, True):
-        rows = Rows(layers, positions, directions=directions)
+        rows = Rows(layers, positions, directions=directions, maximum=maximum)
         calls: tuple[Call, ...] = ()
         samples = 0
         try:
@@ -56,7 +59,7 @@ def measure(
                 for read in chain(first, listed):
                     first = first or [read]
                     batch = read.copied(model)
-                    forward = Pass(model, rows, batch.samples)
+                    forward = Pass(model, rows, batch.samples, batch.mask)
                     given = (batch.args, batch.kwargs)
                     with forward.watching(given, layers, record=record and not calls):
                         forward.returned(batch.run(model))
@@ -87,12 +90,13 @@ def probe(
     positions: str = "samples",
     inputs: int | None = None,
     call: Caller | None = None,
+    mask: Masker | None = None,
+    maximum: bool = False,
 ) -> pd.DataFrame:
     """Measure the decomposition of a model's outputs, in execution order.
 
-    The model runs in the mode it is in (in training mode BatchNorm normalizes by the batch, and the
-    noise of dropout counts as variance), without gradients and uncompiled, in one pass over the
-    batches and in memory that does not grow with their number.
+    The model runs in the mode it is in (in training mode the noise of dropout counts as variance),
+    without gradients and uncompiled, in one pass and in memory that does not grow with the batches.
 
     Args:
         model: Any module.
@@ -107,8 +111,12 @@ def probe(
         positions: "samples" or "units", see :mod:`svlib.probing.rows`.
         inputs: Number of inputs in each batch, where it is not the size of the first dimension of
             the first tensor in it (a list of images, a graph).
-        call: A function ``call(model, batch)`` that calls the model and returns its output, for
-            whatever else a batch may be; it gets a copy of each batch as it comes.
+        call: A function ``call(model, batch)`` that returns the model's output, for whatever else a
+            batch may be; it gets a copy of each.
+        mask: Which positions count, (inputs, *positions), 0 or False for padding: a key of the
+            batch ("attention_mask") or a function of it. Every input then weighs the same (see
+            :meth:`svlib.Moments.update`); outputs with other positions have no row.
+        maximum: Add a column ``maximum``, the largest absolute value.
 
     Returns:
         One row per call: ``name`` (a second call has " (2)" behind it; the function called, behind
@@ -127,14 +135,13 @@ def probe(
     Examples:
         >>> import svlib as sv
         >>> model = sv.networks.mlp(20, width=50, depth=2, outputs=2, seed=0)
-        >>> table = probe(model, sv.data.gaussian(100, 20, seed=1))
-        >>> list(table.name), list(table.samples)
-        (['0', '2'], [100, 100])
+        >>> list(probe(model, sv.data.gaussian(100, 20, seed=1)).name)
+        ['0', '2']
         >>> list(probe(model, sv.data.gaussian(100, 20, seed=1), layers="all").type)
         ['Linear', 'ReLU', 'Linear']
     """
-    reading = Reading(inputs, call)
-    return measure(model, batches, layers, positions, reading, record=False)[0]
+    read = Reading(inputs, call, mask)
+    return measure(model, batches, layers, positions, read, record=False, maximum=maximum)[0]
 
 
 def probe_gradients(

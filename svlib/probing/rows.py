@@ -30,13 +30,14 @@ from torch import nn
 from svlib import _check
 from svlib.moments import Moments
 from svlib.probing.axes import Axes, watching_sequences
+from svlib.probing.batches import counted
 from svlib.probing.calls import Call, Recorder, inputs_of
 from svlib.probing.models import (
     DEPTH,
     Dimensions,
     LostInputsError,
+    MaskError,
     MergedInputsError,
-    dimensions,
     hooked,
     named_modules,
     row_name,
@@ -60,21 +61,31 @@ class _Row:
         positions: str,
         *,
         directions: bool = False,
+        maximum: bool = False,
     ) -> None:
-        self._axis, *others = dims[0], dims[1], *dims[2]
-        self.kind, self._flat = kind, positions == "units"
-        self.shape = tuple(size for dim, size in enumerate(y.shape) if dim != self._axis)
-        unit, *places = (dim + (dim < self._axis) for dim in others)  # with the inputs in front
-        self.moments = Moments(0, *((1, ()) if self._flat else (unit, tuple(places))))
+        self.kind, self._flat, self._maximum = kind, positions == "units", maximum
+        self.shape = tuple(size for dim, size in enumerate(y.shape) if dim != dims[0])
+        self.moments = Moments(0, 1, () if self._flat else (2,))
         self._directions = directions and (self._flat or not dims[2])
         self._sum, self._count = torch.zeros((), dtype=torch.float64), 0  # of unit vectors
+        self._peak = 0.0
 
-    def update(self, y: torch.Tensor) -> None:
-        y = y.movedim(self._axis, 0)
-        y = y.flatten(1) if self._flat else y
-        self.moments.update(y)
+    def update(self, y: torch.Tensor, dims: Dimensions, mask: torch.Tensor | None = None) -> None:
+        y, mask = counted(y, dims, mask)
+        if not y.shape[dims[0]]:
+            return
+        if self._flat:
+            y = y.movedim(dims[0], 0).flatten(1)
+        else:  # (inputs, units, positions)
+            y = y.permute(dims[0], dims[1], *dims[2])
+            y = y.flatten(2) if dims[2] else y[..., None]
+        mask = None if mask is None else mask.flatten(1)
+        self.moments.update(y, mask)
+        if self._maximum:
+            held = (y if mask is None else y.movedim(1, 2)[mask]).detach()
+            self._peak = max(self._peak, float(held.abs().max()))
         if self._directions:
-            unit = nn.functional.normalize(y.detach().double(), dim=1)
+            unit = nn.functional.normalize(y.detach().double().flatten(1), dim=1)
             self._count += int((unit != 0).any(1).sum())
             self._sum = self._sum + unit.sum(0).cpu()
 
@@ -85,7 +96,8 @@ class _Row:
 
     def values(self) -> dict[str, Any]:
         found = self.moments.result()
-        cosine = {"cosine": self.cosine()} if self._directions else {}
+        more = {"maximum": self._peak} if self._maximum else {}
+        more |= {"cosine": self.cosine()} if self._directions else {}
         return {
             "type": self.kind,
             "shape": self.shape,
@@ -96,7 +108,7 @@ class _Row:
             "ratio": float(found.ratio),
             "dead": float((found.largest <= 0).mean()),
             "samples": found.samples,
-        } | cosine
+        } | more
 
 
 class _LeftOut(NamedTuple):
@@ -113,9 +125,12 @@ class Rows:
     and the caller decides what is an error.
     """
 
-    def __init__(self, layers: Layers, positions: str, *, directions: bool = False) -> None:
-        _check.choice("positions", positions, POSITIONS)
-        self.positions, self._directions = positions, directions
+    def __init__(
+        self, layers: Layers, positions: str, *, directions: bool = False, maximum: bool = False
+    ) -> None:
+        self.positions = _check.choice("positions", positions, POSITIONS)
+        maximum = _check.choice("maximum", maximum, (True, False))
+        self._options = {"directions": directions, "maximum": maximum}
         self._chosen = _selection(layers)
         self._rows: dict[str, _Row] = {}
         self.left_out: dict[str, _LeftOut] = {}
@@ -126,17 +141,23 @@ class Rows:
         return any(self._chosen(name, module) for name in names)
 
     def add(
-        self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor, dims: Dimensions
+        self,
+        name: str,
+        module: nn.Module | None,
+        kind: str,
+        y: torch.Tensor,
+        dims: Dimensions,
+        mask: torch.Tensor | None = None,
     ) -> bool:
         """Add an output of a module or of a function to its row; False if it has none."""
         if name not in self._rows:
-            directions = self._directions
-            self._rows[name] = _Row(kind, y, dims, self.positions, directions=directions)
+            self._rows[name] = _Row(kind, y, dims, self.positions, **self._options)
         try:
-            self._rows[name].update(y)
+            self._rows[name].update(y, dims, mask)
         except ValueError as error:
             not_finite = isinstance(error, _check.NotFiniteError)
-            excusable = not_finite and module is None  # scores of attention under a mask
+            # scores of attention under a mask; what has fewer positions than the mask
+            excusable = (not_finite and module is None) or isinstance(error, MaskError)
             self.leave_out(name, type(error)(f"layer {name!r}: {error}"), excusable=excusable)
         return name in self._rows
 
@@ -164,12 +185,14 @@ class Rows:
         if self.over_inputs:
             text = f"{len(self.over_inputs)} modules run over the first dimension, where inputs are"
             text += " taken to lie, as over time (batch_first=False, or no dimension for a batch): "
-            warnings.warn(text + _some(self.over_inputs), stacklevel=stacklevel + 1)
+            warnings.warn(text + some(self.over_inputs), stacklevel=stacklevel + 1)
         reasons = {"were not called as modules": list(uncalled)}
         for name, (error, _) in self.left_out.items():
             reason = str(error)
             if isinstance(error, LostInputsError):
                 reason = "have inputs along a dimension that could not be followed"
+            elif isinstance(error, MaskError):
+                reason = "have other positions than the mask"
             elif isinstance(error, MergedInputsError):
                 reason = "merge the inputs of a batch with their positions"
             elif isinstance(error, _check.NotFiniteError):
@@ -177,11 +200,12 @@ class Rows:
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             if names:
-                text = f"{len(names)} outputs have no row because they {reason}: {_some(names)}"
+                text = f"{len(names)} outputs have no row because they {reason}: {some(names)}"
                 warnings.warn(text, stacklevel=stacklevel + 1)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first five names, in words."""
     listed = list(names)
     return ", ".join([*listed[:5], *["..."] * bool(listed[5:])])
 
@@ -215,8 +239,10 @@ class Pass:
     only outputs that depend on the inputs have rows.
     """
 
-    def __init__(self, model: nn.Module, rows: Rows, samples: int) -> None:
-        self._model, self._rows, self._samples = model, rows, samples
+    def __init__(
+        self, model: nn.Module, rows: Rows, samples: int, mask: torch.Tensor | None = None
+    ) -> None:
+        self._model, self._rows, self._samples, self._mask = model, rows, samples, mask
         self._counts: Counter[str] = Counter()
         self._stack: list[tuple[str, nn.Module]] = [("", model)]
         self._units: dict[tuple[int, ...], int] = {}  # unit dimension of the latest, by shape
@@ -273,20 +299,16 @@ class Pass:
         if row in self._rows.left_out or not self._rows.asks_for(module, row, name, called):
             return
         try:
-            dims = self._dimensions(row, module, y)
+            found = self._axes.apart(row, module, y, self._units.get(y.shape))
         except ValueError as error:
             self._rows.leave_out(row, error, excusable=isinstance(error, MergedInputsError))
             return
-        if not self._rows.add(row, module, kind, y, dims):
+        if not self._rows.add(row, module, kind, found.y, found.dims, self._mask):
             return
-        self._units[y.shape] = dims[1]
+        self._units[y.shape] = found.unit
         if self._recorder is not None:
             self._recorder.name_row(y, row)
         self._last = y
-
-    def _dimensions(self, name: str, module: nn.Module | None, y: torch.Tensor) -> Dimensions:
-        unit, axis = self._units.get(y.shape), self._axes.of(y)
-        return dimensions(name, module, y, self._samples, unit, axis)
 
     def _after_layer(self, name: str, layer: nn.Module, y: torch.Tensor) -> None:
         self._add(name, layer, type(layer).__name__, y)
@@ -315,19 +337,19 @@ class Pass:
         if not y.is_floating_point() or y.ndim < 2 or not y.numel():
             return False
         axis = self._axes.of(y)
-        return axis is None or y.shape[axis] == self._samples
+        return axis is None or y.shape[axis] == self._samples or self._axes.merges(y)
 
     def _measure(self, y: torch.Tensor) -> Measured | None:
         if not self._has_row(y) or self._samples < 2 or self._axes.of(y) is None:
             return None
-        dims = self._dimensions("", None, y)
-        row = _Row("", y, dims, self._rows.positions)
+        found = self._axes.apart("", None, y, self._units.get(y.shape))
+        row = _Row("", found.y, found.dims, self._rows.positions)
         try:
-            row.update(y)
-        except _check.NotFiniteError:  # a mask
+            row.update(found.y, found.dims, self._mask)
+        except (_check.NotFiniteError, MaskError):  # a mask, or what has other positions
             return None
-        found = row.moments.result()
-        return Measured(float(found.sigma2), float(found.m2), float(found.mean.mean()) ** 2)
+        result = row.moments.result()
+        return Measured(float(result.sigma2), float(result.m2), float(result.mean.mean()) ** 2)
 
 
 def _computes(module: nn.Module) -> bool:
