@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import svlib as sv
 from tests.test_probing import by_hand, by_hand_of_any, gaussian
@@ -454,3 +455,59 @@ def test_bad_masks_are_refused() -> None:
             sv.probe(model, x, mask=mask)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positions must be 'samples' where a mask is given"):
         sv.probe(model, x, mask=lambda x: x[..., 0], positions="units")
+
+
+def test_a_dictionary_as_one_argument_is_refused_with_the_way_out() -> None:
+    model = One(lambda self, x: self.layer(x["a"]), layer=linear())
+    batch = {"a": gaussian(9, 8)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'a': for a dictionary as one"):
+        sv.probe(model, batch)
+    table = sv.probe(model, batch, call=lambda model, batch: model(batch))
+    assert table.samples.tolist() == [9]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_count_once(reentrant: bool) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return self.last(checkpoint(self.first, x, use_reentrant=reentrant))
+
+    model = One(forward, first=linear(8, 8), last=linear(8, 3))
+    with sv.Probe(model) as probe:
+        for seed in range(2):
+            model(gaussian(9, 8, seed=seed).requires_grad_()).sum().backward()
+    assert probe.table.name.tolist() == ["first", "last"] * 2
+    with torch.no_grad():
+        y = model.first(gaussian(9, 8, seed=1))
+    assert probe.table.v2[2] == pytest.approx(float(sv.decompose(y).v2))
+
+
+def test_models_may_return_anything() -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return torch.distributions.Categorical(logits=torch.log_softmax(self.layer(x), -1))
+
+    model, x = One(forward, layer=linear(8, 5)), gaussian(40, 8)
+    assert sv.probe(model, x).name.tolist() == ["layer"]
+    assert [finding.kind for finding in sv.explain(model, x).findings] == ["sound", "theory"]
+    assert sv.init.sample_(model, x).done.tolist() == ["set"]
+
+
+def test_packed_sequences_have_rows_outside() -> None:
+    def forward(self: Any, x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.tokens(x), lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.head(self.recurrent(packed)[1][0][-1])
+
+    recurrent = nn.LSTM(8, 6, batch_first=True)
+    model = Two(forward, tokens=linear(4, 8), recurrent=recurrent, head=linear(6, 3))
+    batch = gaussian(20, 7, 4), torch.arange(20) % 7 + 1
+    assert sv.probe(model, batch).name.tolist() == ["tokens", "head"]
+    with pytest.warns(UserWarning, match=r"'recurrent' \(attention, recurrent or bilinear\)"):
+        assert sv.init.total_(model, batch).done.tolist() == ["set", "set"]
+
+
+class Two(Net):
+    """The same, of two arguments."""
+
+    def forward(self, x: Any, y: Any) -> Any:
+        return self.function(self, x, y)

@@ -425,3 +425,13 @@ def test_stored_architectures_are_the_whole_grid() -> None:
     best = architectures.best(architectures.losses())
     assert len(best) == len(architectures.ARCHITECTURES) * len(architectures.REPAIRS)
     assert not best.at_edge.any()
+
+
+def test_every_situation_of_the_reference_has_its_test() -> None:
+    rows = re.findall(
+        r"^\| .* \| .+ \| `(.+)` \|$", (ROOT / "book" / "api.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 30
+    for row in rows:
+        module, function = row.split(".")
+        assert f"def {function}(" in (ROOT / "tests" / f"{module}.py").read_text("utf-8"), row

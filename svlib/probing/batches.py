@@ -99,12 +99,18 @@ class Batch(NamedTuple):
         """The model's output.
 
         Raises:
-            TypeError: If torch cannot compute with the types of batch and model.
+            TypeError: If torch cannot compute with the types of batch and model, or the model does
+                not take the keys.
         """
         try:
             if self.call is not None:
                 return self.call(model, *self.args)
             return model(*self.args, **self.kwargs)
+        except TypeError as error:
+            if not self.kwargs or "unexpected keyword argument" not in str(error):
+                raise
+            way = "for a dictionary as one argument give call=lambda model, batch: model(batch)"
+            raise TypeError(f"batches must have the model's arguments, {error}: {way}") from error
         except RuntimeError as error:
             _, dtype = _place(model)
             types = [x.dtype for x in self.tensors() if x.is_floating_point() and x.dtype != dtype]
