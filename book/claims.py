@@ -1,17 +1,20 @@
-"""The claim table: what the paper says, what a chapter finds, and whether they agree.
+"""What the paper says, what a chapter finds, and whether they agree.
 
-Claims and tolerances stand in ``claims.toml``, fixed before running. A chapter reports
-what it found; with ``SVLIB_STORE=1`` in the environment (``make notebooks``) the rows
-are stored in ``results/claims/``, where the first page and the README find them.
+Claims and tolerances stand in ``claims.toml``. A chapter reports what it found; with
+``SVLIB_STORE=1`` in the environment (``make notebooks``) the rows are stored in
+``results/claims/``, where the claims page, the first page and the README find them.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import xarray as xr
@@ -19,14 +22,14 @@ from IPython.display import Markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-COLUMNS = (
-    "claim",
-    "verdict",
-    "ours",
-    "expected",
-    "source",
-    "tolerance",
-)
+SIGNS = {
+    "differs": "✗",
+    "open": "○",
+    "same order": "≈",
+    "reproduced": "✓",
+}
+SHOWN = ("claim", "verdict", "ours", "expected", "deviation", "allowed")
+KEPT = ("key", "of", *SHOWN, "source", "scale", "fixed")
 CHAPTERS = (
     "01-two-variances",
     "02-infinite-width",
@@ -35,6 +38,12 @@ CHAPTERS = (
     "05-training",
 )
 STORING = os.environ.get("SVLIB_STORE") == "1"
+
+
+def stated() -> dict[str, Any]:
+    """The contents of ``claims.toml``."""
+    text = (HERE / "claims.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 def verdict(
@@ -46,21 +55,18 @@ def verdict(
 ) -> str:
     """Judge a finding. ``error`` is its standard error, 0 if exact.
 
-    An equality is reproduced within the tolerance, unresolved if the error exceeds it.
-    An inequality wants two standard errors and is contradicted by two on the other side.
+    An equality is reproduced within the tolerance, open if the error exceeds it. An
+    inequality wants two standard errors and is contradicted by two on the other side.
     """
     if relation == "=":
         if error > tolerance:
-            return "unresolved"
-        return (
-            "reproduced"
-            if abs(ours - paper) <= tolerance
-            else "**differs**"
-        )
+            return "open"
+        close = abs(ours - paper) <= tolerance
+        return "reproduced" if close else "differs"
     margin = (ours - paper) * (1 if relation == ">" else -1)
     if abs(margin) <= 2 * error:
-        return "unresolved"
-    return "reproduced" if margin > 0 else "**differs**"
+        return "open"
+    return "reproduced" if margin > 0 else "differs"
 
 
 def value(
@@ -75,24 +81,37 @@ def value(
 
 
 def _row(
-    claim: dict[str, str | float], ours: float, error: float
-) -> tuple[str, ...]:
-    digits, paper, tolerance = (
-        int(claim["digits"]),
-        float(claim["paper"]),
-        float(claim.get("tolerance", 0)),
-    )
+    key: str, claim: Mapping[str, Any], ours: float, error: float
+) -> dict[str, str]:
+    paper, digits = float(claim["paper"]), int(claim["digits"])
+    tolerance = float(claim.get("tolerance", 0))
     relation = str(claim.get("relation", "="))
+    word = verdict(relation, paper, ours, error, tolerance)
+    if word == "reproduced" and "scale" in claim:
+        word = "same order"
     spread = f" ± {error:.{digits}f}" if error else ""
-    return (
-        str(claim["text"]),
-        verdict(relation, paper, ours, error, tolerance),
+    unit = math.hypot(error, claim.get("reading", 0))
+    sign = "" if relation == "=" else f"{relation} "
+    values = (
+        key,
+        str(claim.get("of", 0)),
+        claim["text"],
+        word,
         f"{ours + 0:.{digits}f}{spread}",
-        ("" if relation == "=" else f"{relation} ")
-        + f"{paper:.{digits}f}",
-        str(claim["source"]),
-        f"{tolerance:g}" if relation == "=" else "2 standard errors",
+        f"{sign}{paper:.{digits}f}",
+        f"{(ours - paper) / unit:+.1f} errors" if unit else "",
+        "2 errors" if sign else f"{tolerance:g}",
+        claim["source"],
+        claim.get("scale", ""),
+        claim.get("fixed", "before running"),
     )
+    return dict(zip(KEPT, values, strict=True))
+
+
+def marked(word: str) -> str:
+    """A verdict with its sign, in its colour on the site."""
+    name = word.split()[0]
+    return f'<span class="verdict {name}">{SIGNS[word]} {word}</span>'
 
 
 def table(
@@ -105,8 +124,24 @@ def table(
     )
 
 
+def shown(
+    rows: Iterable[Mapping[str, str]], columns: Sequence[str] = SHOWN
+) -> Markdown:
+    """Rows as a table, those that fail first."""
+    order = list(SIGNS)
+    ranked = sorted(rows, key=lambda row: order.index(row["verdict"]))
+    lines = (
+        [
+            marked(row[name]) if name == "verdict" else row[name]
+            for name in columns
+        ]
+        for row in ranked
+    )
+    return table(lines, columns)
+
+
 def report(
-    chapter: str, found: dict[str, tuple[float, float]]
+    chapter: str, found: Mapping[str, tuple[float, float]]
 ) -> Markdown:
     """Show, and when storing keep, a chapter's claims.
 
@@ -114,64 +149,91 @@ def report(
         chapter: Name of the notebook without its ending.
         found: Key to (ours, standard error), for all claims of the chapter, no others.
     """
-    stated = tomllib.loads(
-        (HERE / "claims.toml").read_text(encoding="utf-8")
-    )[chapter]
-    if set(found) != set(stated):
+    claims = stated()[chapter]
+    if set(found) != set(claims):
         raise ValueError(
-            f"found must have the claims {sorted(stated)}, got {sorted(found)}"
+            f"found must have the claims {sorted(claims)}, got {sorted(found)}"
         )
-    rows = [_row(claim, *found[key]) for key, claim in stated.items()]
-    if STORING:
-        with (RESULTS / "claims" / f"{chapter}.csv").open(
-            "w", newline="", encoding="utf-8"
-        ) as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [COLUMNS, *rows]
-            )
-    return table(rows, COLUMNS)
-
-
-def stored(chapter: str) -> list[tuple[str, ...]]:
-    """The stored rows of a chapter."""
-    with (RESULTS / "claims" / f"{chapter}.csv").open(
-        newline="", encoding="utf-8"
-    ) as file:
-        return [tuple(row) for row in csv.reader(file)][1:]
-
-
-def overview(link: str = "[{number}]({chapter}.ipynb)") -> Markdown:
-    """All stored claims in one table, each with a link to its chapter."""
     rows = [
-        (
-            *row,
-            link.format(
-                number=chapter[:2].lstrip("0"), chapter=chapter
-            ),
-        )
+        _row(key, claim, *found[key]) for key, claim in claims.items()
+    ]
+    if STORING:
+        path = RESULTS / "claims" / f"{chapter}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, KEPT, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return shown(rows)
+
+
+def stored(chapter: str) -> list[dict[str, str]]:
+    """The stored rows of a chapter."""
+    path = RESULTS / "claims" / f"{chapter}.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def of(number: int) -> list[dict[str, str]]:
+    """The stored rows of the paper's claim, or of our own checks (0)."""
+    return [
+        row
         for chapter in CHAPTERS
         for row in stored(chapter)
+        if int(row["of"]) == number
     ]
-    return table(rows, (*COLUMNS, "chapter"))
+
+
+def overall(rows: Sequence[Mapping[str, str]]) -> str:
+    """The worst verdict among rows."""
+    order = list(SIGNS)
+    return order[min(order.index(row["verdict"]) for row in rows)]
+
+
+def counted(*numbers: int) -> str:
+    """How many rows of these claims have which verdict, in words."""
+    rows = [row for number in numbers for row in of(number)]
+    found = Counter(row["verdict"] for row in rows)
+    order = reversed(SIGNS)
+    return ", ".join(f"{found[word]} {word}" for word in order)
+
+
+def six(
+    link: str = "{chapter}.ipynb", *, coloured: bool = True
+) -> Markdown:
+    """The paper's claims, a line each: verdict, claim, number, link."""
+    ours = {
+        f"{chapter}.{row['key']}": row["ours"]
+        for chapter in CHAPTERS
+        for row in stored(chapter)
+    }
+    lines = []
+    for number, claim in enumerate(stated()["paper"], start=1):
+        words = {row["verdict"] for row in of(number)}
+        word = overall(of(number))
+        mark = marked(word) if coloured else f"{SIGNS[word]} {word}"
+        if word == "open" and len(words) > 1:
+            mark = mark.replace("open", "open in part")
+        told = claim["number"]
+        for key, text in ours.items():
+            told = told.replace("{" + key + "}", text)
+            if "{" + key + ":" in told:  # fewer digits
+                rounded = f"{float(text):.2f}"
+                told = told.replace("{" + key + ":.2f}", rounded)
+        there = link.format(chapter=claim["chapter"])
+        lines.append(
+            f"{number}. {mark} · {claim['text']} *{told}* → [{claim['title']}]({there})"
+        )
+    return Markdown("\n".join(lines))
 
 
 def figure(chapter: str, name: str) -> str:
     """The stored SVG of a figure, by the name in its cell's metadata."""
     notebook = nbformat.read(HERE / f"{chapter}.ipynb", as_version=4)
     for cell in notebook.cells:
-        if (
-            cell.metadata.get("mystnb", {})
-            .get("figure", {})
-            .get("name")
-            == name
-        ):
-            return str(
-                next(
-                    out.data["image/svg+xml"]
-                    for out in cell.outputs
-                    if "data" in out
-                )
-            )
+        about = cell.metadata.get("mystnb", {}).get("figure", {})
+        if about.get("name") == name:
+            outputs = (out.get("data", {}) for out in cell.outputs)
+            return str(next(x["image/svg+xml"] for x in outputs if x))
     raise ValueError(
         f"name must be a figure of {chapter}, got {name!r}"
     )
@@ -181,16 +243,16 @@ BEGIN, END = "<!-- claims -->\n", "\n<!-- end of claims -->"
 
 
 def main() -> None:
-    """Rewrite the README's table and picture from what is stored."""
+    """Rewrite the README's claims and picture from what is stored."""
     readme = HERE.parent / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    table = str(overview("[{number}](book/{chapter}.ipynb)").data)
+    lines = str(six("book/{chapter}.ipynb", coloured=False).data)
     readme.write_text(
-        before + BEGIN + table + END + rest.split(END)[1],
+        before + BEGIN + lines + END + rest.split(END)[1],
         encoding="utf-8",
     )
-    picture = figure("03-finite-width", "fig-finite-width")
-    (RESULTS / "finite-width.svg").write_text(picture, encoding="utf-8")
+    picture = figure("index", "fig-index")
+    (RESULTS / "collapse.svg").write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

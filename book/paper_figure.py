@@ -64,3 +64,41 @@ def chi2(
         mean, error = claims.value(ratio, layer=at)
         total += (mean - expected) ** 2 / (error**2 + READING**2)
     return total
+
+
+def versions(record: xr.Dataset, layer: int = 49) -> pd.DataFrame:
+    """Both public versions of the figure beside three averages of ours, by width.
+
+    Errors are standard errors over networks; that of the root of the means by the delta
+    method, as if m² and v² were independent.
+    """
+    path = Path(__file__).parent / "results"
+    read = pd.read_csv(path / "paper-figure-versions.csv")
+    there = read[read.layer == layer]
+    table = there.pivot(
+        index="width", columns="version", values="ratio"
+    )
+    table.columns = [f"figure of {x}" for x in table.columns]
+    at = record.sel(layer=layer)
+
+    def told(mean: xr.DataArray, error: xr.DataArray) -> list[str]:
+        pairs = zip(mean.values, error.values, strict=True)
+        return [f"{x:.2f} ± {e:.2f}" for x, e in pairs]
+
+    mean, error = (
+        at.sel(statistic=name, width=table.index)
+        for name in ("mean", "error")
+    )
+    root = (mean.m2 / mean.v2) ** 0.5
+    spread = (
+        (error.m2 / mean.m2) ** 2 + (error.v2 / mean.v2) ** 2
+    ) ** 0.5
+    inverse = mean.v2_over_m2**-0.5
+    table["mean of m/v"] = told(mean.ratio, error.ratio)
+    table["root of mean m² over mean v²"] = told(
+        root, root * spread / 2
+    )
+    table["inverse root of mean v²/m²"] = told(
+        inverse, inverse * error.v2_over_m2 / mean.v2_over_m2 / 2
+    )
+    return table

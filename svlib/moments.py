@@ -147,7 +147,7 @@ class Moments:
 
         Args:
             y: Array or tensor of real numbers, with the dimensions named at construction.
-            mask: Which positions of which inputs count, (inputs, *positions), boolean. Every input
+            mask: Which positions of which inputs count, (inputs, positions...), boolean. Each input
                 then weighs the same however many of its positions count, as if it had come alone
                 and without padding; an input of which none counts is left out.
 

@@ -113,7 +113,7 @@ def probe(
             the first tensor in it (a list of images, a graph).
         call: A function ``call(model, batch)`` that returns the model's output, for whatever else a
             batch may be; it gets a copy of each.
-        mask: Which positions count, (inputs, *positions), 0 or False for padding: a key of the
+        mask: Which positions count, (inputs, positions...), 0 or False for padding: a key of the
             batch ("attention_mask") or a function of it. Every input then weighs the same (see
             :meth:`svlib.Moments.update`); outputs with other positions have no row.
         maximum: Add a column ``maximum``, the largest absolute value.
