@@ -273,3 +273,46 @@ def claimed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
         float(last.error),
     )
     return found
+
+
+def far() -> pd.DataFrame:
+    """The longest runs, one seed: losses at their ends, and the paper's there.
+
+    The paper's value is the nearest one read off, at most a tenth of the way apart.
+    """
+    rows, read = [], paper()
+    for task in TASKS:
+        paths = {
+            kind: claims.RESULTS / "overnight" / f"far-{task}-{kind}.nc"
+            for kind in TITLES
+        }
+        records = {
+            kind: xr.load_dataset(path, engine="scipy")
+            for kind, path in paths.items()
+            if path.exists()
+        }
+        if not records:
+            continue
+        last = min(
+            int(record.attrs["iterations"])
+            for record in records.values()
+        )
+        for kind, record in records.items():
+            theirs = read[
+                (read.task == task) & (read.initialization == kind)
+            ].set_index("iteration")
+            near = theirs.index[abs(theirs.index - last).argmin()]
+            close = abs(near - last) <= last / 10
+            rows.append(
+                {
+                    "task": task,
+                    "iteration": last,
+                    "initialization": TITLES[kind],
+                    "ours": float(at(record.loss, last).squeeze()),
+                    "paper": float(theirs.loss[near])
+                    if close
+                    else float("nan"),
+                }
+            )
+    keys = ["task", "iteration", "initialization"]
+    return pd.DataFrame(rows).set_index(keys)

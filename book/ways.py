@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -167,3 +168,30 @@ def train(model: nn.Module, rate: float, seed: int) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+class Plain(nn.Module):
+    """Nine convolutions with ReLU, three poolings, a linear layer: in the manner of VGG."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        widths = pairwise([1] + [channels] * 9)
+        self.hidden = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in widths
+        )
+        self.scores = nn.Linear(4 * channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.hidden, start=1):
+            x = torch.relu(layer(x))
+            if number % 3 == 0:
+                x = nn.functional.max_pool2d(x, 2)
+        scores: torch.Tensor = self.scores(x.flatten(1))
+        return scores
+
+
+def plain(seed: int) -> Plain:
+    """The network above with He's initialization."""
+    model = Plain()
+    sv.networks.he_(model, seed)
+    return model
