@@ -31,6 +31,8 @@ def draw_collapse(
         panel.set(title=f"layer {layer}", xticks=[], yticks=[])
         panel.set_xlabel("inputs")
     panels[0].set_ylabel("units")
-    bar = figure.colorbar(image, ax=panels, ticks=[-2, 0, 2])
+    bar = figure.colorbar(
+        image, ax=panels, ticks=[-2, 0, 2], shrink=0.7
+    )
     bar.set_label(r"output / $\sigma$")
     return figure

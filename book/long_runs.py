@@ -301,7 +301,10 @@ def far() -> pd.DataFrame:
             theirs = read[
                 (read.task == task) & (read.initialization == kind)
             ].set_index("iteration")
-            near = theirs.index[abs(theirs.index - last).argmin()]
+            found = {
+                int(str(k)): float(x) for k, x in theirs.loss.items()
+            }
+            near = min(found, key=lambda k: abs(k - last))
             close = abs(near - last) <= last / 10
             rows.append(
                 {
@@ -309,9 +312,7 @@ def far() -> pd.DataFrame:
                     "iteration": last,
                     "initialization": TITLES[kind],
                     "ours": float(at(record.loss, last).squeeze()),
-                    "paper": float(theirs.loss[near])
-                    if close
-                    else float("nan"),
+                    "paper": found[near] if close else float("nan"),
                 }
             )
     keys = ["task", "iteration", "initialization"]
