@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -41,6 +42,9 @@ class Masked(nn.Module):
         self.layer = nn.Linear(6, 3)
     def forward(self, x, mask):
         return self.layer(x) * mask
+
+def sized(width=5, norm="none"):
+    return nn.Sequential(nn.Linear(6, width), *[nn.BatchNorm1d(width)] * (norm == "batch"))
 
 instance = nn.Linear(6, 3)
 number = 3
@@ -176,6 +180,53 @@ def test_a_checkpoint_that_holds_more_than_weights_is_refused() -> None:
     assert not Path("opened").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [("", "module."), ("state_dict", ""), ("state_dict", "model."), ("model", "module._orig_mod.")],
+)
+def test_wrapped_checkpoints(key: str, prefix: str) -> None:
+    words = ("probe", "models_of_mine:sized", "--input", "6", "--samples", "40")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        model = __import__("models_of_mine").sized()
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, "wrapped.pt")
+    done = run(*words, "--checkpoint", "wrapped.pt", "--table", "table.json")
+    assert done.exit_code == 0, done.output
+    expected = sv.probe(model, sv.data.gaussian(40, 6, seed=0))
+    np.testing.assert_allclose(pd.read_json("table.json").v2, expected.v2, rtol=1e-6)
+    state.popitem()
+    torch.save(state | {"other": torch.ones(1)}, "wrong.pt")
+    told = run(*words, "--checkpoint", "wrong.pt").output.splitlines()[-1]
+    assert "--checkpoint must have the model's names, got " in told
+    assert " missing (" in told
+    assert " unknown (" in told
+
+
+def test_tokens_and_arguments() -> None:
+    words = ("--samples", "30", "--table", "table.csv")
+    done = run("probe", "models_of_mine:Tokens", "--input", "7", "--tokens", "9", *words)
+    assert done.exit_code == 0, done.output
+    assert pd.read_csv("table.csv")["shape"].tolist() == ["[7, 9]"]
+    done = run(
+        "probe", "models_of_mine:sized", "--input", "6", *words, "--arg", "width=4", "--layer",
+        "all", "--arg", "norm=batch",
+    )  # fmt: skip
+    assert pd.read_csv("table.csv").type.tolist() == ["Linear", "BatchNorm1d"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet", "feather"])
+def test_tables_of_every_kind_hold_the_same_numbers(ending: str) -> None:
+    done = run("probe", "models_of_mine:sized", "--input", "6", "--table", f"table.{ending}")
+    assert done.exit_code == 0, done.output
+    found = getattr(pd, f"read_{ending}")(f"table.{ending}")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        table = sv.probe(__import__("models_of_mine").sized(), sv.data.gaussian(256, 6, seed=0))
+    np.testing.assert_allclose(found.m2, table.m2, rtol=1e-5)
+    getattr(table, f"to_{ending}")(f"direct.{ending}")  # without a word from pandas
+
+
 def test_training_and_evaluation_mode() -> None:
     words = (
         "probe",
@@ -280,6 +331,19 @@ def test_init_writes_weights_that_probe_can_load(method: str) -> None:
         (
             ["models_of_mine:instance", "--input", "6", "--layer", "x"],
             "model must call what layers names, got none called",
+        ),
+        (
+            ["models_of_mine:make_model", "--input", "1,16,16", "--layer", "33"],
+            "--layer must be one of 4 names like 3, got '33'",
+        ),
+        (
+            ["models_of_mine:instance", "--input", "6", "--arg", "width=3"],
+            "--arg must go with a function or class, got the model 'instance'",
+        ),
+        (["models_of_mine:sized", "--input", "6", "--arg", "3"], "--arg must be NAME=VALUE"),
+        (
+            ["models_of_mine:instance", "--input", "6", "--table", "t.txt"],
+            "--table must end in one of .csv, .json, .parquet, .feather, got t.txt",
         ),
         (
             ["models_of_mine:instance", "--input", "6", "--positions", "x"],

@@ -76,8 +76,9 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.init": "probing.axes probing.batches probing.models probing.probe probing.along "
     "probing.calls probing.rows probing.scales moments",
     # its commands' inputs are those of experiments
-    "probing.command": "_command probing.diagnosis probing.init probing.probe probing.report "
-    "probing.rows experiments.data",
+    "probing.files": "",
+    "probing.command": "_command probing.diagnosis probing.files probing.init probing.models "
+    "probing.probe probing.report probing.rows experiments.data",
     # the wing for training
     "experiments": "",
     "experiments.networks": "",

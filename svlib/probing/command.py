@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib
 import io
 import shlex
@@ -20,9 +22,10 @@ from tqdm import tqdm
 from svlib._command import DEVICE, Target, one_line, with_options
 from svlib._files import provenance, write_whole
 from svlib.experiments import data
+from svlib.probing import files, report
 from svlib.probing import init as repair
-from svlib.probing import report
 from svlib.probing.diagnosis import explain
+from svlib.probing.models import named_modules
 from svlib.probing.rows import POSITIONS
 
 _MODEL = [
@@ -52,7 +55,20 @@ _MODEL = [
     click.option(
         "--checkpoint",
         type=click.Path(path_type=Path, exists=True),
-        help="State dictionary of the model.",
+        help="State dictionary of the model, also wrapped (state_dict) or prefixed (module.).",
+    ),
+    click.option(
+        "--tokens",
+        type=click.IntRange(1),
+        metavar="VOCABULARY",
+        help="Random integers below VOCABULARY in the shape of --input, instead of noise.",
+    ),
+    click.option(
+        "--arg",
+        "arguments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Argument for what makes the model, repeatable: --arg depth=12 --arg norm=batch.",
     ),
     click.option(
         "--eval",
@@ -73,20 +89,28 @@ _MODEL = [
 )
 @click.option("--positions", type=click.Choice(POSITIONS), default="samples", show_default=True)
 @click.option("--html", "page", type=Target(), help="Report to write.")
+@click.option("--table", type=Target(), help=f"Table to write: {', '.join(files.TABLES)}.")
 def probe(
-    batch: int, layers: tuple[str, ...], positions: str, page: Path | None, **options: Any
+    batch: int,
+    layers: tuple[str, ...],
+    positions: str,
+    page: Path | None,
+    table: Path | None,
+    **options: Any,
 ) -> None:
     """Measure a model and explain what is wrong.
 
     One row a layer, with what theory expects, and findings in words.
 
-    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one
-    without arguments. Files may hold float64, which is cast to the model's type; integers stay what
-    they are.
+    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one,
+    from the arguments that --arg gives. Files may hold float64, which is cast to the model's type;
+    integers stay what they are.
     """
     started = time.perf_counter()
     with one_line():
+        files.check_table(table)
         model, inputs = _model(**options)
+        _check_layers(model, layers)
         batches = tqdm(list(_batches(inputs, batch)), desc="probe", unit="batch", disable=None)
         chosen = "all" if layers == ("all",) else list(layers) or None
         explanation = explain(model, batches, layers=chosen, positions=positions)
@@ -94,6 +118,9 @@ def probe(
             explanation.layers().to_string(index=False, float_format="{:.3g}".format, na_rep="")
         )
         click.echo(f"\n{explanation}")
+        if table is not None:
+            files.write_table(explanation.table, table)
+            click.echo(f"{table}: written")
         if page is not None:
             made: dict[str, object] = {
                 "command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])
@@ -145,6 +172,8 @@ def _model(
     device: str,
     checkpoint: Path | None,
     evaluating: bool,
+    tokens: int | None,
+    arguments: tuple[str, ...],
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The model on its device, and its inputs by name; a single one has an empty name."""
     torch.manual_seed(seed)  # for the weights: this process is the command's own
@@ -152,19 +181,45 @@ def _model(
     if not name:
         raise ValueError(f"MODEL must be package.module:NAME or file.py:NAME, got {model!r}")
     found = getattr(_module(where), name)
-    net = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
+    made = isinstance(found, torch.nn.Module) or not callable(found)
+    if made and arguments:
+        raise ValueError(f"--arg must go with a function or class, got the model {name!r}")
+    net = found if made else found(**_arguments(arguments))
     if not isinstance(net, torch.nn.Module):
         raise TypeError(f"MODEL must be a torch.nn.Module or make one, got {type(net).__name__}")
     if checkpoint is not None:
-        if not checkpoint.stat().st_size:
-            raise ValueError(f"--checkpoint must hold a state dictionary, got {checkpoint}, empty")
-        net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        files.load_checkpoint(net, checkpoint)
     if evaluating:
         net.eval()
     dtype = next((x.dtype for x in net.parameters() if x.is_floating_point()), torch.float32)
-    inputs = _inputs(given, samples, seed)
+    inputs = _inputs(given, samples, seed, tokens)
     cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     return net.to(device), cast
+
+
+def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE: a number, True, a tuple and so on, or else a string."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--arg must be NAME=VALUE, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def _check_layers(model: torch.nn.Module, layers: tuple[str, ...]) -> None:
+    """Raise for the name of a module that the model does not have; functions have other names."""
+    names = [name for name, _ in named_modules(model) if name]
+    for layer in layers:
+        plain = not set("*?[(/") & set(layer) and layer != "all"
+        if names and plain and layer not in names:
+            near = difflib.get_close_matches(layer, names, 5, 0.4) or names[:5]
+            told = f"one of {len(names)} names like {', '.join(near)}"
+            raise ValueError(f"--layer must be {told}, got {layer!r}")
 
 
 def _module(where: str) -> Any:
@@ -185,7 +240,7 @@ def _batches(inputs: dict[str, torch.Tensor], size: int) -> Iterator[Any]:
         yield part.get("", part)
 
 
-def _inputs(given: str, samples: int, seed: int) -> dict[str, torch.Tensor]:
+def _inputs(given: str, samples: int, seed: int, tokens: int | None) -> dict[str, torch.Tensor]:
     if given == "digits":
         return {"": data.digits().images[:samples]}
     if given.endswith((".npy", ".npz")):
@@ -200,7 +255,10 @@ def _inputs(given: str, samples: int, seed: int) -> dict[str, torch.Tensor]:
             "--input must be sizes like 3,32,32, digits or a file FILE.npy or FILE.npz, "
             f"got {given!r}"
         )
-    return {"": data.gaussian(samples, *shape, seed=seed)}
+    if tokens is None:
+        return {"": data.gaussian(samples, *shape, seed=seed)}
+    generator = torch.Generator().manual_seed(seed)
+    return {"": torch.randint(tokens, (samples, *shape), generator=generator)}
 
 
 def _arrays(given: str) -> dict[str, Any]:
