@@ -12,6 +12,7 @@ does not matter.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from svlib import _check
+from svlib import _check, _threads
 from svlib._files import provenance
 from svlib._random import fill_normal, stream
 
@@ -72,16 +73,26 @@ def simulate_angles(
     slope = _check.activation(activation, negative_slope, ACTIVATIONS)
     results = np.full((4, networks, depth + 1), np.nan)
     hidden = None if progress is None else not progress
-    with tqdm(total=networks * depth, disable=hidden, unit="layer") as bar:
-        for start in range(0, networks, _NETWORKS_AT_A_TIME):
-            block = range(start, min(start + _NETWORKS_AT_A_TIME, networks))
-            generators = [stream(seed, "pair", network, found) for network in block]
-            state = _Pair(width, angle, generators, 1.0 if activation == "linear" else slope, dtype)
-            for layer in range(depth + 1):
-                if layer > 0:
-                    state.advance()
+    threads = torch.get_num_threads() if found.type == "cpu" else 1
+    threads = min(threads, -(-networks // _NETWORKS_AT_A_TIME))
+
+    def run(start: int) -> None:
+        block = range(start, min(start + _NETWORKS_AT_A_TIME, networks))
+        generators = [stream(seed, "pair", network, found) for network in block]
+        state = _Pair(width, angle, generators, 1.0 if activation == "linear" else slope, dtype)
+        for layer in range(depth + 1):
+            if _threads.stopped():
+                return
+            if layer > 0:
+                state.advance()
+                with lock:
                     bar.update(len(block))
-                results[:, start : block.stop, layer] = state.statistics()
+            results[:, start : block.stop, layer] = state.statistics()
+
+    lock = threading.Lock()
+    with tqdm(total=networks * depth, disable=hidden, unit="layer") as bar:
+        for _ in _threads.run(threads, range(0, networks, _NETWORKS_AT_A_TIME), run):
+            pass
     made = {"width": width, "depth": depth, "networks": networks, "seed": seed, "angle": angle}
     kind = {"dtype": str(dtype), "activation": activation, "negative_slope": slope}
     names, arrays = ("ln_sin2", "cosine", "log_ratio", "dead"), [*results[:3], results[3] == 1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -13,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from svlib import _check
+from svlib import _check, _threads
 from svlib._files import provenance
 from svlib.ensemble import METHODS as METHODS
 from svlib.ensemble import Ensemble, Options, propagate
@@ -45,18 +46,35 @@ def _indices(networks: Any) -> range:
     return networks
 
 
-def _layers(
-    ensemble: Ensemble, networks: range, depth: int, progress: bool | None
-) -> Iterator[tuple[slice, int, torch.Tensor, torch.Tensor]]:
-    """Yield (rows, layer, y, log_scale), block by block, the rows being those of ``networks``."""
+def _run(
+    ensemble: Ensemble,
+    networks: range,
+    depth: int,
+    progress: bool | None,
+    use: Callable[[slice, int, torch.Tensor, torch.Tensor], None],
+) -> Iterator[int]:
+    """Call ``use(rows, layer, y, log_scale)`` for every block and layer, a block in each thread;
+    yield how many of the first networks are finished, again and again."""
+    threads = torch.get_num_threads() if ensemble.device.type == "cpu" else 1
+    threads = min(threads, ensemble.block_size, len(networks))
+    # the bound on memory is one for all threads
+    size = min(ensemble.block_size // threads, -(-len(networks) // threads))
+    starts = range(0, len(networks), size)
     total, hidden = len(networks) * (depth + 1), None if progress is None else not progress
+
+    def block(start: int) -> None:
+        rows = slice(start, min(start + size, len(networks)))
+        for layer, (y, log_scale) in enumerate(propagate(ensemble, depth, networks[rows])):
+            if _threads.stopped():
+                return
+            use(rows, layer, y, log_scale)
+            with lock:
+                bar.update(rows.stop - rows.start)
+
+    lock = threading.Lock()
     with tqdm(total=total, disable=hidden, unit="layer") as bar:
-        for start in range(0, len(networks), ensemble.block_size):
-            block = networks[start : start + ensemble.block_size]
-            rows = slice(start, start + len(block))
-            for layer, (y, log_scale) in enumerate(propagate(ensemble, depth, block)):
-                yield rows, layer, y, log_scale
-                bar.update(len(block))
+        for start in _threads.run(threads, starts, block):
+            yield min(start + size, len(networks))
 
 
 def simulate(
@@ -104,14 +122,18 @@ def simulate(
     _check.integer("samples", ensemble.samples, 2)
     data, finished = dict[str, Array](), 0
     made = {"depth": depth} | ensemble.attributes()
-    try:
-        for rows, layer, y, log_scale in _layers(ensemble, every, depth, progress):
-            for name, found in _statistics(y, log_scale.cpu().numpy()).items():
+
+    def keep(rows: slice, layer: int, y: torch.Tensor, log_scale: torch.Tensor) -> None:
+        for name, found in _statistics(y, log_scale.cpu().numpy()).items():
+            with lock:
                 if name not in data:
                     data[name] = np.empty((len(every), depth + 1), found.dtype)
-                data[name][rows, layer] = found
-            if layer == depth:
-                finished = rows.stop
+            data[name][rows, layer] = found
+
+    lock = threading.Lock()
+    try:
+        for count in _run(ensemble, every, depth, progress, keep):
+            finished = count
     except KeyboardInterrupt as stop:
         if finished == 0:
             raise
@@ -216,10 +238,14 @@ def sample_preactivations(
     if units > ensemble.width:
         raise ValueError(f"units must be at most the width {ensemble.width}, got {units}")
     kept = torch.empty(len(every), len(wanted), ensemble.samples, units, dtype=ensemble.dtype)
-    for rows, layer, y, log_scale in _layers(ensemble, every, wanted[-1], progress):
+
+    def keep(rows: slice, layer: int, y: torch.Tensor, log_scale: torch.Tensor) -> None:
         if layer in wanted:
             scale = log_scale.exp()[:, None, None]
             kept[rows, wanted.index(layer)] = (y[..., :units] * scale).cpu()
+
+    for _ in _run(ensemble, every, wanted[-1], progress, keep):
+        pass
     return xr.DataArray(
         kept.numpy(),
         dims=("network", "layer", "sample", "unit"),

@@ -1,0 +1,96 @@
+"""Kernels on a device that every machine has and that refuses to mix with the processor: "meta".
+
+Its tensors have shapes and no entries. (Fake CUDA tensors cannot be indexed where torch is built
+without CUDA.) What depends on entries is replaced here.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from svlib import ensemble as ensembles
+from svlib import gram, layers, pairs
+from svlib.moments import _along_last, _split_along_ray
+
+META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def _no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (ensembles, pairs):
+        monkeypatch.setattr(room, "stream", lambda *_: None)
+    monkeypatch.setattr(gram, "fill_normal", lambda out, _: out.normal_())
+    monkeypatch.setattr(ensembles, "fill_normal", lambda out, _: out.normal_())
+    monkeypatch.setattr(pairs, "fill_normal", lambda out, _: out.normal_())
+
+
+def propagated(depth: int = 3, **options: Any) -> list[Any]:
+    """Layers of an ensemble that is put on a device without one."""
+    made = ensembles.Ensemble(12, samples=5, seed=0, method="weights", **options)
+    object.__setattr__(made, "device", META)
+    return [(y, scale) for y, scale in ensembles.propagate(made, depth, range(4))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "leaky_relu", "negative_slope": 0.3, "residual": 0.1},
+        {"activation": "tanh", "bias_variance": 0.1},
+        {"activation": "gelu", "normalization": "rms"},
+        {"normalization": "batch"},
+        {"normalization": "layer"},
+        {"weights": "orthogonal"},
+    ],
+    ids=str,
+)
+def test_networks_stay_on_their_device(options: dict[str, Any]) -> None:
+    for y, log_scale in propagated(**options):
+        assert y.device.type == log_scale.device.type == "meta"
+        assert y.shape == (4, 5, 12)
+
+
+def test_a_tensor_made_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = layers.activated
+    monkeypatch.setattr(layers, "activated", lambda y, *rest: right(y, *rest) + torch.zeros(12))
+    with pytest.raises(RuntimeError, match=r"device cpu is not on the expected device meta"):
+        propagated()
+
+
+def test_statistics_and_factors_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.randn(4, 5, 12, device=META)
+    means, squares, largest = _along_last(y)
+    assert means.device.type == squares.device.type == largest.device.type == "meta"
+    assert gram._triangular(y).device.type == "meta"
+    linear = gram.Linear("gram", [None] * 4, 12, like=y)  # type: ignore[list-item]
+    monkeypatch.setattr(gram, "factor", lambda a: torch.zeros(4, 5, 5, device=a.device))
+    assert linear(y, 2.0, torch.empty_like(y)).device.type == "meta"
+
+
+def test_the_split_along_the_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+
+    def cpu(self: torch.Tensor) -> torch.Tensor:
+        moved.append(self.device.type)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda self: self)
+    split = _split_along_ray(torch.randn(4, 5, 12, device=META))
+    assert moved == ["meta"] * 3
+    assert split.m2.shape == (4,)
+
+
+def test_pairs_stay_on_their_device() -> None:
+    class Placed(pairs._Pair):
+        def __init__(self) -> None:
+            self.generators, self.slope = [None] * 4, 0.0  # type: ignore[list-item]
+            self.numbers = torch.empty(4, 2, 2, 12, device=META)
+            self.unused = []
+            start = self.numbers.new_zeros(4, 1, dtype=torch.float64)
+            self.cosine, self.log_sine, self.log_ratio = start + 0.5, start - 1.0, start
+
+    pair = Placed()
+    pair.advance()
+    assert pair.cosine.device.type == pair.log_ratio.device.type == "meta"
