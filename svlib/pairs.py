@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,35 +73,51 @@ def simulate_angles(
     found, dtype = _check.device(device), _check.precision(dtype)
     slope = _check.activation(activation, negative_slope, ACTIVATIONS)
     results = np.full((4, networks, depth + 1), np.nan)
-    hidden = None if progress is None else not progress
-    threads = torch.get_num_threads() if found.type == "cpu" else 1
-    threads = min(threads, -(-networks // _NETWORKS_AT_A_TIME))
+    kind = 1.0 if activation == "linear" else slope
 
-    def run(start: int) -> None:
-        block = range(start, min(start + _NETWORKS_AT_A_TIME, networks))
+    def start(block: range) -> _Pair:
         generators = [stream(seed, "pair", network, found) for network in block]
-        state = _Pair(width, angle, generators, 1.0 if activation == "linear" else slope, dtype)
-        for layer in range(depth + 1):
-            if _threads.stopped():
-                return
-            if layer > 0:
-                state.advance()
-                with lock:
-                    bar.update(len(block))
-            results[:, start : block.stop, layer] = state.statistics()
+        return _Pair(width, angle, generators, kind, dtype)
 
-    lock = threading.Lock()
-    with tqdm(total=networks * depth, disable=hidden, unit="layer") as bar:
-        for _ in _threads.run(threads, range(0, networks, _NETWORKS_AT_A_TIME), run):
-            pass
+    _fill(results, start, found, progress)
     made = {"width": width, "depth": depth, "networks": networks, "seed": seed, "angle": angle}
-    kind = {"dtype": str(dtype), "activation": activation, "negative_slope": slope}
+    about = {"dtype": str(dtype), "activation": activation, "negative_slope": slope}
     names, arrays = ("ln_sin2", "cosine", "log_ratio", "dead"), [*results[:3], results[3] == 1]
     return xr.Dataset(
         {name: (("network", "layer"), array) for name, array in zip(names, arrays, strict=True)},
         {"network": np.arange(networks), "layer": np.arange(depth + 1)},
-        provenance(found, started) | made | kind,
+        provenance(found, started) | made | about,
     )
+
+
+def _fill(
+    results: np.ndarray,
+    start: Callable[[range], _Pair],
+    device: torch.device,
+    progress: bool | None,
+) -> None:
+    """Follow all networks, a block in each thread, and write their statistics into ``results``,
+    (statistics, networks, layers)."""
+    _, networks, layers = results.shape
+    starts = range(0, networks, _NETWORKS_AT_A_TIME)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+
+    def run(first: int) -> None:
+        block = range(first, min(first + _NETWORKS_AT_A_TIME, networks))
+        state = start(block)
+        for layer in range(layers):
+            if _threads.stopped():
+                return
+            if layer > 0:
+                state.advance()
+            results[:, first : block.stop, layer] = state.statistics()
+            with lock:
+                bar.update(len(block))
+
+    lock, hidden = threading.Lock(), None if progress is None else not progress
+    with tqdm(total=networks * layers, disable=hidden, unit="layer") as bar:
+        for _ in _threads.run(min(threads, len(starts)), starts, run):
+            pass
 
 
 class _Pair:

@@ -21,6 +21,7 @@ from svlib.ensemble import Ensemble, Options, propagate
 from svlib.moments import _divide, _split_along_ray
 
 Array = NDArray[Any]
+Use = Callable[[slice, int, torch.Tensor, torch.Tensor], None]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,7 +52,7 @@ def _run(
     networks: range,
     depth: int,
     progress: bool | None,
-    use: Callable[[slice, int, torch.Tensor, torch.Tensor], None],
+    use: Use,
 ) -> Iterator[int]:
     """Call ``use(rows, layer, y, log_scale)`` for every block and layer, a block in each thread;
     yield how many of the first networks are finished, again and again."""
@@ -122,17 +123,8 @@ def simulate(
     _check.integer("samples", ensemble.samples, 2)
     data, finished = dict[str, Array](), 0
     made = {"depth": depth} | ensemble.attributes()
-
-    def keep(rows: slice, layer: int, y: torch.Tensor, log_scale: torch.Tensor) -> None:
-        for name, found in _statistics(y, log_scale.cpu().numpy()).items():
-            with lock:
-                if name not in data:
-                    data[name] = np.empty((len(every), depth + 1), found.dtype)
-            data[name][rows, layer] = found
-
-    lock = threading.Lock()
     try:
-        for count in _run(ensemble, every, depth, progress, keep):
+        for count in _run(ensemble, every, depth, progress, _into(data, len(every), depth)):
             finished = count
     except KeyboardInterrupt as stop:
         if finished == 0:
@@ -140,6 +132,20 @@ def simulate(
         made |= provenance(ensemble.device, started)
         raise Interrupted(_record(data, every[:finished], made), len(every)) from stop
     return _record(data, every, made | provenance(ensemble.device, started))
+
+
+def _into(data: dict[str, Array], networks: int, depth: int) -> Use:
+    """What writes the statistics of a block and layer into ``data``, from any thread."""
+    lock = threading.Lock()
+
+    def keep(rows: slice, layer: int, y: torch.Tensor, log_scale: torch.Tensor) -> None:
+        for name, found in _statistics(y, log_scale.cpu().numpy()).items():
+            with lock:
+                if name not in data:
+                    data[name] = np.empty((networks, depth + 1), found.dtype)
+            data[name][rows, layer] = found
+
+    return keep
 
 
 def _record(data: dict[str, Array], networks: range, made: dict[str, Any]) -> xr.Dataset:

@@ -32,6 +32,7 @@ GROUND = {"_check", "_files", "_random", "_threads"}  # every room but theory's 
 ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUTING describe
     "_check": "",
     "_random": "",
+    "_threads": "",
     "_files": "",
     "_command": "",
     # the main house
