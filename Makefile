@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 SITE := _build/html/index.html
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test lint unit slow chapters site notebooks lab serve clean
+.PHONY: help install book test lint unit slow chapters site notebooks pdf lab serve clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | while IFS=: read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -47,7 +47,7 @@ site: $(INSTALLED)  ## build the site anew, warnings are errors
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile
 
 unit: $(INSTALLED)  ## test the library and the built site, without the slow tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not lab"
 
 slow: $(INSTALLED)  ## run the slow tests
 	$(PYTEST) -m slow
@@ -62,6 +62,9 @@ notebooks: $(INSTALLED)  ## execute the chapters, store outputs, claims and the 
 	    --ExecutePreprocessor.record_timing=False book/$$chapter.ipynb || exit 1; \
 	done
 	python book/claims.py
+
+pdf: $(INSTALLED)  ## print the whole book, _build/pdf (needs chromium)
+	python book/print.py
 
 lab: $(INSTALLED)  ## open the chapters in JupyterLab
 	jupyter lab --notebook-dir book

@@ -302,7 +302,8 @@ def far() -> pd.DataFrame:
                 (read.task == task) & (read.initialization == kind)
             ].set_index("iteration")
             found = {
-                int(str(k)): float(x) for k, x in theirs.loss.items()
+                int(float(str(k))): float(x)
+                for k, x in theirs.loss.items()
             }
             near = min(found, key=lambda k: abs(k - last))
             close = abs(near - last) <= last / 10
