@@ -33,6 +33,10 @@ def test_batchnorm_of_a_batch_is_exact() -> None:
     found = batchnorm.normalized(covariance)
     assert (np.abs(found - mean) < 5 * error).all()
     assert found.trace() == pytest.approx(6, rel=1e-12)
+    # two eigenvalues: <x^2/(x^2 + y^2)> of Gaussian x, y is their deviations' share
+    basis, _ = np.linalg.qr(np.array([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]).T)
+    two = basis @ np.diag([0.0, 1.0, 4.0]) @ basis.T
+    assert np.linalg.eigvalsh(batchnorm.normalized(two)) == pytest.approx([0, 1, 2], abs=1e-12)
     # equal inputs: all correlations are -1/(B - 1), and ReLU takes them where the docs say
     equal = batchnorm.normalized(np.eye(7))
     assert equal == pytest.approx(np.eye(7) * 7 / 6 - 1 / 6, abs=1e-12)
@@ -180,6 +184,10 @@ def test_first_weight_matrix() -> None:
     ours = law.v2[5] / law.m2[5]
     assert abs(found - ours) < 0.5 * abs(found - without.v2[5] / without.m2[5])
     assert finite_width(50, 3, features=10**12).v2[3] == pytest.approx(finite_width(50, 3).v2[3])
+    # layer 1 of a wide network, to first order in 1/n: what lengths take from m^2/sigma^2 = 1/pi,
+    # <sqrt q>^2 = 1 - 1/2n, the angles give back, f''(0)/2n = 1/(2 pi n)
+    wide = finite_width(10**12, 1, features=100)
+    assert wide.v2[1] / wide.m2[1] == pytest.approx(math.pi - 1, abs=1e-9)
 
 
 def test_scaling_with_depth_keeps_the_variance() -> None:
