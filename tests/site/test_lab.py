@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 PORT, TOKEN = 8963, "reader"
 CHAPTERS = sorted(path.stem for path in (ROOT / "book").glob("*.ipynb"))
 pytestmark = [needs_chromium, pytest.mark.lab]
+FORGET = """() => window.jupyterapp.shell.currentWidget.content.widgets
+  .filter(cell => cell.model.type === 'code')
+  .forEach(cell => { cell.model.executionCount = null; })"""
 COUNTS = """() => {
   const cells = window.jupyterapp.shell.currentWidget.content.widgets
     .filter(cell => cell.model.type === 'code');
@@ -60,15 +63,21 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_run_all(browser: Browser, lab: str, name: str) -> None:  # noqa: F811
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     try:
-        page.goto(f"{lab}lab/tree/book/{name}.ipynb?token={TOKEN}&reset")
+        page.goto(f"{lab}lab/tree/book/{name}.ipynb?token={TOKEN}")
         page.wait_for_function(
-            "window.jupyterapp?.shell?.currentWidget?.context?.sessionContext?.session?.kernel",
+            "window.jupyterapp?.shell?.currentWidget?.context?.sessionContext?.session?.kernel"
+            "?.status === 'idle'",
             timeout=60_000,
         )
         page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+        page.evaluate(FORGET)
         page.evaluate("void window.jupyterapp.commands.execute('notebook:restart-run-all')")
         page.locator(".jp-Dialog .jp-mod-accept").click(timeout=20_000)
-        page.wait_for_timeout(2000)
+        page.wait_for_function(
+            "window.jupyterapp.shell.currentWidget?.context?.sessionContext?.session?.kernel"
+            "?.status === 'busy'",
+            timeout=60_000,
+        )
         for _ in range(180):
             found = page.evaluate(COUNTS)
             if not found["waiting"] or found["errors"]:
