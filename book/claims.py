@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,10 +109,10 @@ def _row(
     return dict(zip(KEPT, values, strict=True))
 
 
-def marked(word: str) -> str:
-    """A verdict with its sign, in its colour on the site."""
+def marked(word: str, text: str = "") -> str:
+    """A verdict, or another text, with its sign, in its colour on the site."""
     name = word.split()[0]
-    return f'<span class="verdict {name}">{SIGNS[word]} {word}</span>'
+    return f'<span class="verdict {name}">{SIGNS[word]} {text or word}</span>'
 
 
 def table(
@@ -206,19 +207,21 @@ def six(
         for chapter in CHAPTERS
         for row in stored(chapter)
     }
+
+    def filled(found: re.Match[str]) -> str:
+        text = ours[found[1]]
+        return f"{float(text):{found[2]}}" if found[2] else text
+
     lines = []
     for number, claim in enumerate(stated()["paper"], start=1):
-        words = {row["verdict"] for row in of(number)}
-        word = overall(of(number))
-        mark = marked(word) if coloured else f"{SIGNS[word]} {word}"
-        if word == "open" and len(words) > 1:
-            mark = mark.replace("open", "open in part")
-        told = claim["number"]
-        for key, text in ours.items():
-            told = told.replace("{" + key + "}", text)
-            if "{" + key + ":" in told:  # fewer digits
-                rounded = f"{float(text):.2f}"
-                told = told.replace("{" + key + ":.2f}", rounded)
+        rows = of(number)
+        word = overall(rows)
+        mixed = len({row["verdict"] for row in rows}) > 1
+        text = "open in part" if word == "open" and mixed else word
+        mark = (
+            marked(word, text) if coloured else f"{SIGNS[word]} {text}"
+        )
+        told = re.sub(r"\{([^:}]+):?([^}]*)\}", filled, claim["number"])
         there = link.format(chapter=claim["chapter"])
         lines.append(
             f"{number}. {mark} · {claim['text']} *{told}* → [{claim['title']}]({there})"

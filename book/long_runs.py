@@ -301,10 +301,8 @@ def far() -> pd.DataFrame:
             theirs = read[
                 (read.task == task) & (read.initialization == kind)
             ].set_index("iteration")
-            found = {
-                int(float(str(k))): float(x)
-                for k, x in theirs.loss.items()
-            }
+            read_off = theirs.loss.to_dict()
+            found = {float(str(k)): x for k, x in read_off.items()}
             near = min(found, key=lambda k: abs(k - last))
             close = abs(near - last) <= last / 10
             rows.append(

@@ -163,18 +163,18 @@ class Moments:
         y = _check.numbers("y", y)
         y, places = _arranged(y, self._dims)
         samples, positions = len(y), y.shape[-1]
+        over_inputs = mask is None and positions == 1  # the sums below run over inputs
         if mask is not None:
             means, within, largest = _where(y, _checked_mask(mask, places))
-            samples, positions = len(means), 2  # of which there may be any number
+            samples = len(means)
         else:
-            if positions == 1:  # then the sums below run over inputs
-                y = y[..., 0].movedim(0, -1)[None]
+            y = y[..., 0].movedim(0, -1)[None] if over_inputs else y
             means, squares, largest = _along_last(y)
             within = squares.sum(0) / positions
         chunk = Moments(self._dims[0], self._dims[1], self._dims[2:])
         chunk._samples, chunk._mean, chunk._largest = samples, means.mean(0), largest.amax(0)
-        chunk._between = within if positions == 1 else (means - chunk._mean).square_().sum(0)
-        chunk._within = within if positions == 1 else within + chunk._between
+        chunk._between = within if over_inputs else (means - chunk._mean).square_().sum(0)
+        chunk._within = within if over_inputs else within + chunk._between
         if not torch.isfinite(chunk._within + chunk._mean.square()).all():
             peak = float(_check.floating("y", y).abs().max())  # NaN or infinity has its own message
             raise _check.NotFiniteError(

@@ -1,14 +1,19 @@
 """The book's helpers against arithmetic by hand."""
 
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
+
+import svlib as sv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
 import long_runs
@@ -115,3 +120,31 @@ def test_every_record_has_a_command() -> None:
     folder = Path(long_runs.__file__).parent / "results" / "overnight"
     assert {str(path) for path in folder.glob("*.nc")} == {name for name, _ in overnight()}
     assert sum(path.stat().st_size for path in folder.parent.rglob("*.nc")) < 5_000_000
+
+
+def solutions() -> list[tuple[str, str]]:
+    """Python in the folded solutions of the exercises, with its chapter."""
+    found = []
+    for path in sorted(Path(long_runs.__file__).parent.glob("0*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            blocks = re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)
+            found += [(path.stem, block) for block in blocks if cell.cell_type == "markdown"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("chapter", "code"), solutions(), ids=lambda x: x[:20].split("\n")[0])
+def test_solutions_run(chapter: str, code: str) -> None:
+    exec(compile(code, chapter, "exec"), {})
+
+
+def test_numbers_in_solutions() -> None:
+    assert int((sv.theory.trajectory(100).fraction > 0.01).sum()) == 57
+    assert round(float(sv.theory.finite_width(266, 2000).ratio[-1]), 1) == 5.0
+    assert sv.theory.batchnorm.is_held(10_819, 128)
+    assert not sv.theory.batchnorm.is_held(10_818, 128)
+    options: Any = {"activation": "leaky_relu", "negative_slope": 0.3}
+    assert sv.theory.plateau(**options) > sv.theory.plateau()  # of v^2/m^2, so m/v is lower
+    linear = sv.simulate(1024, 49, networks=12, samples=100, seed=0, activation="linear")
+    assert float(linear.fraction[:, 49].mean()) > 0.9

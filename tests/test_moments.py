@@ -218,9 +218,8 @@ def test_split_at_the_ends_of_float32() -> None:
 
 
 def test_mask_equals_inputs_without_padding() -> None:
-    y = np.random.default_rng(0).normal(
-        1.0, 1.0, (6, 4, 5, 3)
-    )  # inputs, positions, positions, units
+    # (inputs, positions, positions, units)
+    y = np.random.default_rng(0).normal(1.0, 1.0, (6, 4, 5, 3))
     mask = np.random.default_rng(1).random((6, 4, 5)) < 0.5
     mask[2] = False  # an input of which nothing counts
     padded = np.where(mask[..., None], y, np.nan)

@@ -4,11 +4,10 @@
 const INPUTS = 64;
 
 // Infinite width: v^2/sigma^2 and sigma^2 by layer, as svlib.theory.trajectory at He's rule.
-// The gap's loss (sin t - t cos t)/pi, cos t = 1 - gap, keeps its digits where the gap is small.
+// The gap loses (sin t - t cos t)/pi in a layer, cos t = 1 - gap.
 function decrement(gap, slope) {
   const t = 2 * Math.asin(Math.sqrt(gap / 2));
-  const series = (t ** 3 / 3) * (1 - t * t / 10 * (1 - t * t / 28 * (1 - t * t / 54)));
-  const loss = (t < 0.1 ? series : Math.sin(t) - t * Math.cos(t)) / Math.PI;
+  const loss = (Math.sin(t) - t * Math.cos(t)) / Math.PI;
   return loss * (1 - slope) ** 2 / (1 + slope * slope);
 }
 

@@ -226,10 +226,9 @@ def joined(batches: Iterable[Batch]) -> Batch:
     columns = list(zip(*(batch.tensors() for batch in listed), strict=True))
     if masks:  # then what is padded does not count
         columns = [tuple(_padded(column)) for column in columns]
-    parts = {id(x): column for x, column in zip(listed[0].tensors(), columns, strict=True)}
-    whole: Batch = listed[0].replaced(
-        lambda x: _column(names[0][list(parts).index(id(x))], parts[id(x)], listed)
-    )
+    places = zip(listed[0].tensors(), names[0], columns, strict=True)
+    parts = {id(x): (name, column) for x, name, column in places}
+    whole: Batch = listed[0].replaced(lambda x: _column(*parts[id(x)], listed))
     mask = torch.cat(_padded(masks)) if masks else None
     return whole._replace(samples=samples, mask=mask)
 

@@ -39,13 +39,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted)
     if missing or unknown:
-        told = [f"{len(x)} {what} ({x[0]}, ...)" for what, x in _named(missing, unknown) if x]
+        pairs = (("missing", missing), ("unknown", unknown))
+        told = [f"{len(x)} {what} ({x[0]}, ...)" for what, x in pairs if x]
         raise ValueError(f"--checkpoint must have the model's names, got {' and '.join(told)}")
     model.load_state_dict(state)
-
-
-def _named(missing: list[str], unknown: list[str]) -> list[tuple[str, list[str]]]:
-    return [("missing", missing), ("unknown", unknown)]
 
 
 def check_table(path: Path | None) -> None:

@@ -216,21 +216,20 @@ class _Setter:
     def __init__(
         self, layers: Mapping[str, Layer], left: Mapping[str, str], parts: Parts, batch: Batch
     ) -> None:
-        self._layers, self._left, self._parts = layers, left, parts
-        self._samples, self._mask = batch.samples, batch.mask
+        self._layers, self._left, self._parts = layers, dict(left), parts
+        self._mask = batch.mask
         self._calls: Counter[str] = Counter()
         self._set_as: dict[int, str] = {}  # storage of what was set, and the layer
         self._unset: dict[str, list[str]] = {}  # reasons that a warning names, and layers
         self.done: dict[str, str] = {}
         for name, layer in layers.items():
             if carrier(layer) is None and name not in left:
-                self._leave(name, f"weight made by {maker(layer)}")
+                self._left[name] = self._leave(name, f"weight made by {maker(layer)}")
 
     def finish(self) -> None:
         """Note layers that were not called; raise if none was set."""
-        noted = {name for names in self._unset.values() for name in names}
         for name in self._layers:
-            if not self._calls[name] and name not in self._left and name not in noted:
+            if not self._calls[name] and name not in self._left:
                 self._leave(name, "not called")
         if not self._set_as and self._unset:
             reason, names = next(iter(self._unset.items()))
@@ -257,12 +256,11 @@ class _Setter:
 
         def set_(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
             self._calls[name] += 1
-            row, weight = row_name(name, self._calls[name]), carrier(layer)
-            held = [part for part in (weight, layer._parameters.get("bias")) if part is not None]
+            row, bias = row_name(name, self._calls[name]), layer._parameters.get("bias")
+            held = [part for part in (carrier(layer), bias) if part is not None]
             shared = [self._set_as[at] for part in held if (at := _place(part)) in self._set_as]
-            if weight is None or name in self._left or shared:
-                why = f"left, set as {shared[0]!r}" if shared else "left, its weight is made"
-                self.done[row] = self._left.get(name, why)
+            if name in self._left or shared:
+                self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"
                 return y
             try:
                 found = axes.apart(name, layer, y, None)
