@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import svlib as sv
+import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from svlib.theory import batchnorm
@@ -23,6 +24,8 @@ import claims
 
 FOLDER = claims.RESULTS / "laws"
 DEPTH = 49
+# networks by width
+ONSET = {256: 12, 512: 8, 1024: 6, 2048: 4, 4096: 2}
 # without normalization their scale runs away from He's fixed point
 UNSTABLE = ("gelu", "gelu_tanh", "silu", "mish")
 
@@ -111,26 +114,41 @@ def saturation() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).set_index("layer")
 
 
+def lengths(width: int, depth: int, batch: int, seed: int) -> Any:
+    """The lengths' spread M after BatchNorm, by layer, in one ReLU network."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randn(batch, width, generator=generator)
+    found = []
+    for layer in range(depth + 1):
+        if layer > 0:
+            weight = torch.randn(width, width, generator=generator)
+            y = y.clamp_min(0) @ (weight * (2 / width) ** 0.5)
+        y = (y - y.mean(0)) / y.std(0, correction=0)
+        found.append(float(y.square().mean(1).var()))
+    return np.array(found)
+
+
 def onset() -> pd.DataFrame:
-    """Where the lengths' spread is half as much again as to first order: reduced model."""
-    rows, batch = [], 512
-    for width in (256, 512, 1024, 2048, 4096):
-        depth = int(3 * batchnorm.onset(width))
-        model = batchnorm.random_lengths(
-            width, depth, batch, networks=6, seed=width
+    """Where the lengths' spread is twice that of first order, in a large batch."""
+    rows, batch = [], 4096
+    for width, networks in ONSET.items():
+        scale = batchnorm.onset(width)
+        depth = int(1.5 * scale)
+        first = 2 / width + batchnorm.TAU2 / width * np.arange(
+            depth + 1
         )
-        base, lengths, _ = batchnorm.first_order(width, depth, batch)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            excess = (1 - base - model) / lengths
-        above = excess > 1.5
-        above[:, :5] = False
-        crossed = above.argmax(1)
-        error = crossed.std(ddof=1) / len(crossed) ** 0.5
-        rows.append((width, batch, crossed.mean(), error))
-    names = ["width", "batch", "depth", "error"]
-    return pd.DataFrame(rows, columns=names).set_index(
-        ["width", "batch"]
-    )
+        crossed = []
+        for seed in range(networks):
+            above = lengths(width, depth, batch, seed) > 2 * first
+            if not above.any():
+                raise RuntimeError(f"no onset in {depth} layers")
+            crossed.append(above.argmax() / scale)
+        measured = mean_and_error(xr.DataArray(crossed, dims="network"))
+        rows.append((width, networks, batch, scale, *measured))
+        print(rows[-1], flush=True)
+    names = "width networks batch scale depth_over_scale error"
+    table = pd.DataFrame(rows, columns=names.split())
+    return table.set_index("width")
 
 
 def orthogonal() -> pd.DataFrame:
@@ -238,7 +256,6 @@ def activations() -> pd.DataFrame:
 def load(name: str) -> pd.DataFrame:
     """A stored table."""
     keys = {"drift": 3, "model": 3, "scaling": 2}.get(name, 1)
-    keys = 2 if name == "onset" else keys
     return pd.read_csv(
         FOLDER / f"{name}.csv", index_col=list(range(keys))
     )

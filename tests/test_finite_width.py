@@ -8,7 +8,7 @@ import pytest
 
 import svlib as sv
 from svlib.theory import angles, finite_width, maps, plateau, trajectory
-from svlib.theory.width import _moments
+from svlib.theory.width import _covariances, _moments
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6])
@@ -53,16 +53,37 @@ def test_linear_networks_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.4, 0.9])
+def test_noise_of_orthogonal_weights_by_regression(rho: float) -> None:
+    """Gaussian units, products of two activations less their regression on those of two units."""
+    generator, draws = np.random.default_rng(3), 400_000
+    z = math.sqrt(rho) * generator.normal(size=(1, draws))
+    z = z + math.sqrt(1 - rho) * generator.normal(size=(4, draws))
+    given = np.stack([np.ones(draws), *(z[i] * z[j] for i in range(4) for j in range(i, 4))])
+    a, b, c, d = math.sqrt(2) * np.maximum(z, 0)
+    products = np.stack([a * a, b * b, a * b, b * c, c * d])
+    aa, bb, ab, bc, cd = products - np.linalg.lstsq(given.T, products.T)[0].T @ given
+    f, first = float(maps.correlation(rho)), float(maps.correlation_slope(rho))
+    found = _covariances(rho, f, first, 0.0, "orthogonal")
+    pairs = (aa * aa, aa * bb, aa * ab, aa * bc, ab * cd, ab * ab)
+    for values, expected in zip(pairs, found, strict=True):
+        assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(draws)
+
+
 CASES = [
     (128, {}),
     (100, {"activation": "leaky_relu", "negative_slope": 0.3}),
+    # white noise, which orthogonal weights keep, is that behind a first matrix
+    (128, {"weights": "orthogonal", "features": 128}),
 ]
 
 
 @pytest.mark.parametrize(("width", "options"), CASES, ids=str)
 def test_law_against_networks(width: int, options: dict[str, object]) -> None:
     """To four standard errors and a second order of 20/N^2; the remainder alone is larger."""
-    record = sv.simulate(width, 10, networks=3000, samples=48, seed=2, **options)  # type: ignore[arg-type]
+    drawn = {name: x for name, x in options.items() if name != "features"}
+    networks = 800 if drawn.get("weights") else 3000
+    record = sv.simulate(width, 10, networks=networks, samples=48, seed=2, **drawn)  # type: ignore[arg-type]
     law = finite_width(width, 10, **options)  # type: ignore[arg-type]
     found = sv.summarize(record).v2_over_m2
     for layer in (2, 5, 10):

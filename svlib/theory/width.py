@@ -93,6 +93,40 @@ def _moments(rho: float, slope: float) -> _Moments:
     return _Moments(aaaa, *(float(weights @ product) for product in products))
 
 
+class _Covariances(NamedTuple):
+    """N times the covariances of a layer's noise, ``aa_bc``: in the square of an input's length
+    and in the product of two others; for inputs of one length and correlation rho."""
+
+    aa_aa: float
+    aa_bb: float
+    aa_ab: float
+    aa_bc: float
+    ab_cd: float
+    ab_ab: float
+
+
+def _covariances(rho: float, f: float, first: float, slope: float, weights: str) -> _Covariances:
+    """With f and ``first``, the correlation map and its slope at rho.
+
+    An orthogonal matrix keeps the products of all inputs. Its noise is what is left of a product of
+    two activations without its projection on the products of two preactivations.
+    """
+    m = _moments(rho, slope)
+    noise = [m.aaaa - 1, m.aabb - 1, m.aaab - f, m.aabc - f, m.abcd - f**2, m.aabb - f**2]
+    if weights == "orthogonal":
+        g, square = f - rho * first, rho**2  # g is the response to the square of a length
+        projection = [
+            2.0,
+            2 * square,
+            g * (1 + square) + 2 * rho * first,
+            2 * square * (g + first),
+            2 * square * (g + first) ** 2,
+            (g**2 + first**2) * (1 + square) + 4 * rho * g * first,
+        ]
+        noise = [x - y for x, y in zip(noise, projection, strict=True)]
+    return _Covariances(*noise)
+
+
 class _FirstOrder(NamedTuple):
     """The recursion's results by layer, (depth + 1,) each."""
 
@@ -101,7 +135,9 @@ class _FirstOrder(NamedTuple):
     angles: Array  # N times the first order of the angles in v^2/sigma^2
 
 
-def _first_order(depth: int, rho0: float, slope: float, start: float = 0.0) -> _FirstOrder:
+def _first_order(
+    depth: int, rho0: float, slope: float, weights: str, start: float = 0.0
+) -> _FirstOrder:
     """Chapter 3's recursion; U, V, C, D and mu are times N. U begins at ``start``."""
     decrement = activations.named("leaky_relu", slope).decrement
     gap, lengths = 1 - rho0, 0.0
@@ -109,18 +145,20 @@ def _first_order(depth: int, rho0: float, slope: float, start: float = 0.0) -> _
     rows = [(gap, 0.0, 0.0)]
     for _ in range(depth):
         rho = 1 - gap
-        aaaa, aabb, aaab, aabc, abcd, _ = _moments(rho, slope)
         first = maps.correlation_slope(rho, activation="leaky_relu", negative_slope=slope)
         second = (1 - slope) ** 2 / (1 + slope**2) / (math.pi * math.sqrt((1 - rho) * (1 + rho)))
         gap -= decrement(gap)
         f = 1 - gap
-        lengths += (aaaa - aabb) / 4
-        mu = first * mu + second * U / 2 + f * (3 * (aaaa - 1) + aabb - 1) / 4 - aaab + f
-        U = first**2 * U + aabb - f**2 - 2 * f * (aaab - f) + f**2 / 2 * (aaaa + aabb - 2)
-        V = first**2 * V + abcd - 2 * f * aabc + f**2 * aabb
-        C = first * C + aaab - f - f / 2 * (aaaa + aabb - 2)
-        D = first * D + aabc - f * aabb
-        rows.append((gap, lengths, V / f**2 - (C - D + mu) / f + 2 * gap))
+        n = _covariances(rho, f, first, slope, weights)
+        lengths += (n.aa_aa - n.aa_bb) / 4
+        mu = first * mu + second * U / 2 + f * (3 * n.aa_aa + n.aa_bb) / 4 - n.aa_ab
+        U = first**2 * U + n.ab_ab - 2 * f * n.aa_ab + f**2 / 2 * (n.aa_aa + n.aa_bb)
+        V = first**2 * V + n.ab_cd - 2 * f * n.aa_bc + f**2 * n.aa_bb
+        C = first * C + n.aa_ab - f / 2 * (n.aa_aa + n.aa_bb)
+        D = first * D + n.aa_bc - f * n.aa_bb
+        # of the layer's own m^2, an average over N units: their products are kept or drawn
+        drawn = 0.0 if weights == "orthogonal" else 2 * gap
+        rows.append((gap, lengths, V / f**2 - (C - D + mu) / f + drawn))
     return _FirstOrder(*np.array(rows).T)
 
 
@@ -128,11 +166,6 @@ def _slope_of(activation: str, negative_slope: float) -> float:
     """The negative slope of a member of the ReLU family, after checking both arguments."""
     slope = _check.activation(activation, negative_slope, _FAMILY)
     return 1.0 if activation == "linear" else slope
-
-
-def _sines(gap: Array) -> Array:
-    """Sum of half sin^2(theta) over the layers before each."""
-    return np.concatenate([[0.0], np.cumsum(gap * (2 - gap))[:-1] / 2])
 
 
 def finite_width(
@@ -155,8 +188,8 @@ def finite_width(
 
     for ReLU, :math:`\cos\theta_k=\rho_k`; for depths well below N times a few; beyond, the angles
     die faster, but hardly count. Orthogonal weights take :math:`\frac12\sin^2\theta_k` from each
-    term; their r_l is not known. Normalized networks are of ReLU with white inputs: "layer" and
-    "rms" are a typical network's, whose m/v grows as :math:`e^{l/N}`; "batch" is that of
+    term and have an r_l of their own. Normalized networks are of ReLU with white inputs: "layer"
+    and "rms" are a typical network's, whose m/v grows as :math:`e^{l/N}`; "batch" is that of
     :mod:`svlib.theory.batchnorm`, with a warning beyond its range.
 
     Args:
@@ -190,11 +223,9 @@ def finite_width(
     _check.choice("weights", weights, ("gaussian", "orthogonal"))
     cv2 = _check.real("input_cv2", input_cv2, 0)
     inputs = math.inf if features is None else _check.integer("features", features)
-    found = _first_order(depth, _below_one(rho0), slope, width / inputs)
-    lengths, remainder = found.lengths, found.angles / width
-    if weights == "orthogonal":
-        lengths, remainder = lengths - _sines(found.gap), np.zeros(depth + 1)
-    return _with_lengths(found.gap, cv2 + 1 / (2 * inputs) + lengths / width, remainder)
+    found = _first_order(depth, _below_one(rho0), slope, weights, width / inputs)
+    spread = cv2 + 1 / (2 * inputs) + found.lengths / width
+    return _with_lengths(found.gap, spread, found.angles / width)
 
 
 def _below_one(rho0: float) -> float:
@@ -279,7 +310,6 @@ def plateau(
     if 0.5 < slope < 2:
         raise ValueError(f"negative_slope must be outside (0.5, 2), got {slope}")
     layers = [250, 354, 500, 707, 1000, 1414, 2000]
-    found = _first_order(layers[-1], 0.0, slope)
-    lengths = found.lengths - (_sines(found.gap) if weights == "orthogonal" else 0.0)
+    found = _first_order(layers[-1], 0.0, slope, weights)
     theta = 2 * np.arcsin(np.sqrt(found.gap[layers] / 2))
-    return float(barycentric_interpolate(theta, lengths[layers], 0.0))
+    return float(barycentric_interpolate(theta, found.lengths[layers], 0.0))
