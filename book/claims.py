@@ -217,7 +217,8 @@ def six(
         rows = of(number)
         word = overall(rows)
         mixed = len({row["verdict"] for row in rows}) > 1
-        text = "open in part" if word == "open" and mixed else word
+        failed = word in ("open", "differs")
+        text = f"{word} in part" if failed and mixed else word
         mark = (
             marked(word, text) if coloured else f"{SIGNS[word]} {text}"
         )

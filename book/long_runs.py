@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import svlib as sv
 import xarray as xr
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 from svlib.experiments.comparison import (
     at_rates,
     best_rates,
@@ -267,6 +271,7 @@ def claimed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
             name = f"{row.task}_long_{row.above}_{row.below}"
             half = (float(str(row.high)) - float(str(row.low))) / 2
             found[name] = (float(str(row.ratio)), half / 2)
+            found[f"{name}_size"] = found[name]
     last = sixteen()
     found["micrographs_sixteen"] = (
         float(last.ratio),
@@ -275,44 +280,103 @@ def claimed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
     return found
 
 
-def far() -> pd.DataFrame:
-    """The longest runs, one seed: losses at their ends, and the paper's there.
+FAR = {
+    "cifar10": (20_000, 40_000, 60_000, 80_000, 100_000),
+    "micrographs": (10_000, 20_000, 30_000),
+}
 
-    The paper's value is the nearest one read off, at most a tenth of the way apart.
-    """
-    rows, read = [], paper()
-    for task in TASKS:
-        paths = {
-            kind: claims.RESULTS / "overnight" / f"far-{task}-{kind}.nc"
-            for kind in TITLES
-        }
-        records = {
-            kind: xr.load_dataset(path, engine="scipy")
-            for kind, path in paths.items()
-            if path.exists()
-        }
-        if not records:
-            continue
-        last = min(
-            int(record.attrs["iterations"])
-            for record in records.values()
-        )
-        for kind, record in records.items():
-            theirs = read[
-                (read.task == task) & (read.initialization == kind)
-            ].set_index("iteration")
-            read_off = theirs.loss.to_dict()
-            found = {float(str(k)): x for k, x in read_off.items()}
-            near = min(found, key=lambda k: abs(k - last))
-            close = abs(near - last) <= last / 10
-            rows.append(
-                {
-                    "task": task,
-                    "iteration": last,
-                    "initialization": TITLES[kind],
-                    "ours": float(at(record.loss, last).squeeze()),
-                    "paper": found[near] if close else float("nan"),
+
+def far_losses(task: str) -> dict[str, xr.DataArray]:
+    """Losses (iteration,) of the longest runs, one seed, by initialization."""
+    folder = claims.RESULTS / "overnight"
+    return {
+        kind: xr.load_dataset(
+            folder / f"far-{task}-{kind}.nc", engine="scipy"
+        ).loss.squeeze(drop=True)
+        for kind in TITLES
+    }
+
+
+def far() -> pd.DataFrame:
+    """Losses of the longest runs, and the nearest that was read off the paper's figure."""
+    rows, read = {}, paper()
+    for task, moments in FAR.items():
+        losses = far_losses(task)
+        for moment in moments:
+            for kind, title in TITLES.items():
+                theirs = read[
+                    (read.task == task) & (read.initialization == kind)
+                ]
+                away = abs(theirs.iteration - moment)
+                near = away.min() <= moment / 10
+                rows[task, moment, title] = {
+                    "ours": float(at(losses[kind], moment)),
+                    "paper": theirs.loss.iloc[int(away.argmin())]
+                    if near
+                    else float("nan"),
                 }
+    found = pd.DataFrame(rows).T
+    found.index.names = ["task", "iteration", "initialization"]
+    return found
+
+
+def far_lines() -> list[tuple[str, ...]]:
+    """The rows of :func:`far` in words: ours, and the paper's in brackets."""
+    found, lines = far().round(3), []
+    for task, moments in FAR.items():
+        for moment in moments:
+            cells = []
+            for title in TITLES.values():
+                ours, theirs = map(
+                    float, found.xs((task, moment, title))
+                )
+                mine = "not run" if np.isnan(ours) else f"{ours:.3f}"
+                read = "" if np.isnan(theirs) else f" ({theirs:.3f})"
+                cells.append(mine + read)
+            name = "CIFAR-10" if task == "cifar10" else task
+            lines.append((name, f"{moment:,}", *cells))
+    return lines
+
+
+def draw_far(task: str, axes: Axes) -> None:
+    """The longest runs, and the paper's points."""
+    read = paper()
+    for index, (kind, loss) in enumerate(far_losses(task).items()):
+        look, curve = sv.plot.look(index), binned(loss)
+        axes.plot(
+            curve.iteration,
+            curve,
+            label=TITLES[kind],
+            **look,
+            markevery=8,
+        )
+        theirs = read[
+            (read.task == task) & (read.initialization == kind)
+        ]
+        axes.scatter(
+            theirs.iteration, theirs.loss, s=14, color=look["color"]
+        )
+    axes.set(yscale="log", xlabel="iteration", ylabel="training loss")
+
+
+def draw_during(panels: NDArray[Any]) -> None:
+    """v²/σ², held-out loss, gradient norm while training; a row for each task."""
+    found = during(rounded=False)
+    for row, task in zip(
+        panels, ("CIFAR-10", "micrographs"), strict=True
+    ):
+        names = ("v²/σ², units", "held-out loss", "gradient norm")
+        for panel, name in zip(row, names, strict=True):
+            table = found.loc[task][name].unstack("initialization")
+            for index, title in enumerate(TITLES.values()):
+                values = table[title]
+                panel.plot(values, label=title, **sv.plot.look(index))
+            panel.set_xscale("symlog", linthresh=100)
+            panel.set_xticks(
+                [0, 100, 1000, 10000], ["0", "100", "1,000", "10,000"]
             )
-    keys = ["task", "iteration", "initialization"]
-    return pd.DataFrame(rows).set_index(keys)
+            panel.set(ylabel=name, ylim=(0, None))
+        row[1].set_title(task)
+    for panel in panels[-1]:
+        panel.set_xlabel("iteration")
+    panels[0, 0].legend(fontsize="small")

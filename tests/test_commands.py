@@ -87,11 +87,11 @@ def test_probe_shows_the_table_and_the_diagnosis_and_writes_a_page() -> None:
     )
     assert done.exit_code == 0, done.output
     assert "Conv2d" in done.output
-    assert "theory: follows no row; it stops at flatten of positions (1)" in done.output
+    assert "theory: covers no row; it stops at flatten of positions (1)" in done.output
     page = Path("page.html").read_text(encoding="utf-8")
     for part in (
         "<svg",
-        "<b>theory</b>: follows no row",
+        "<b>theory</b>: covers no row",
         "<td>Conv2d</td>",
         str(torch.__version__),
         "(100, 1, 16, 16)",

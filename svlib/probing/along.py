@@ -36,6 +36,9 @@ from svlib.theory import activations, maps
 
 GRADIENTS = 100.0
 """Growth of squared gradients, from output to input, that is reported."""
+UNTRAINABLE = 1000.0
+"""Growth beyond which sample init and BatchNorm are no longer advised: some twenty ReLU layers
+without skip connections. Chapter 6 has the training runs."""
 
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects
 

@@ -106,8 +106,10 @@ def explain(
     wrong = faults(graph, table)
     if not any(finding.kind != "absolute scale" for finding in wrong):
         wrong = [*wrong, _sound(graph, calls)]
-    notes = [*_gradients(table, calls), *_dropout(calls), *_batchnorm(table, calls)]
-    findings = [*wrong, *notes][: _FINDINGS - 1]
+    notes = [*_dropout(calls), *_batchnorm(table, calls)]
+    growing, fatal = _gradients(table, calls)
+    findings = [*growing, *wrong, *notes] if fatal else [*wrong, *growing, *notes]
+    findings = findings[: _FINDINGS - 1]
     return Explanation(table, theory, (*findings, _agreement(table, theory)), calls)
 
 
@@ -122,7 +124,8 @@ def _sound(graph: Graph, calls: Sequence[Call]) -> Finding:
     between = " between normalizations" if _normalized(calls) else ""
     text = f"v²/σ² is nowhere below {lowest.fraction:.3g} ({lowest.name!r}) on a way to the "
     text += f"output, and σ² changes less than {SCALE:g} times{between}. "
-    return Finding("sound", f"{text}Gradients were not measured (sv.probe_gradients does).")
+    measure = "sv.probe_gradients(model, batch, seed=0) does"
+    return Finding("sound", f"{text}Gradients were not measured ({measure}).")
 
 
 def _normalized(calls: Sequence[Call]) -> bool:
@@ -149,16 +152,21 @@ def _batchnorm(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
     return [Finding("BatchNorm", text)]
 
 
-def _gradients(table: pd.DataFrame, calls: Sequence[Call]) -> list[Finding]:
+def _gradients(table: pd.DataFrame, calls: Sequence[Call]) -> tuple[list[Finding], bool]:
+    """The finding that gradients will grow, if so, and whether so much that it comes first."""
     centred = table.m2.iloc[1:].abs().median() < CENTRED * table.sigma2.iloc[1:].median()
     growth = along.gradient_growth(calls, batchnorm=not centred)
     if growth < GRADIENTS:
-        return []
+        return [], False
+    fatal = growth > along.UNTRAINABLE
     means = "sample means of 0" if centred else "BatchNorm"
-    text = f"with {means} squared gradients grow backwards from ReLU layer to ReLU layer, "
-    text += f"here some {growth:.0e} times in all."
-    advice = "Residual connections or smaller learning rates help; see sv.probe_gradients."
-    return [Finding("gradients", text, advice)]
+    text = f"with {means} squared gradients are expected to grow backwards from ReLU layer to ReLU "
+    text += f"layer, some {growth:.0e} times in all (theory; nothing was measured)."
+    advice = "Skip connections or smaller learning rates help."
+    if fatal:
+        advice = "No learning rate may do at this depth: prefer skip connections whose branches "
+        advice += "are multiplied by 1/√L, or sv.init.total_ instead of sample init."
+    return [Finding("gradients", text, advice)], fatal
 
 
 def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> Finding:
@@ -166,12 +174,12 @@ def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> Finding:
     causes = ", ".join(f"{why} ({count})" for why, count in starts.most_common(4))
     followed = (theory.start == "") & (table.sigma2 > 0)
     if not followed.any():
-        return Finding("theory", f"follows no row; it stops at {causes or 'the first'}.")
+        return Finding("theory", f"covers no row; it stops at {causes or 'the first'}.")
     compared = table[["name", "fraction"]].assign(expected=theory.fraction)[followed]
     compared["difference"] = (compared.expected - compared.fraction).abs()
     last, worst = compared.iloc[-1], compared.sort_values("difference").iloc[-1]
     anew = f"; it starts anew behind {causes}" if causes else ""
-    text = f"follows {len(compared)} of {len(table)} rows{anew}. At {last['name']!r} it expects "
+    text = f"covers {len(compared)} of {len(table)} rows{anew}. At {last['name']!r} it expects "
     text += f"v²/σ² = {last.expected:.2g}, measured {last.fraction:.2g}."
     if worst.difference <= DEVIATION:
         return Finding("theory", text)

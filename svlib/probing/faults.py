@@ -164,13 +164,14 @@ def _scale(graph: Graph, kind: str, number: int) -> Fault:
         text += f"The change is at {graph.places[culprit].name!r}"
         text += ", by its bias." if _bias_rules(graph, culprit) else "."
     else:
-        text += f"It changes by about {math.exp(total / (len(way) - 1)):.2g} a layer."
+        text += f"A layer multiplies it by about {math.exp(total / (len(way) - 1)):.2g}."
     judged = [graph.calls[n].operation for n in ([culprit] if alone else way)]
     gains = sorted(op.gain for op in judged if isinstance(op, ops.Weights))
     advice = "sv.init.total_ sets σ² to 1 in every layer."
     if gains:
         middle = gains[len(gains) // 2]
-        words = f"Its weights have fan-in times mean square {middle:.2g}; He's rule for ReLU is 2. "
+        words = f"Its weights have fan-in times mean square {middle:.2g}; He's rule for ReLU is 2"
+        words += ", so not they but padding, few units or biases. " if 1.8 < middle < 2.2 else ". "
         advice = words + advice
     return Fault(0, culprit, Finding(kind, text, advice))
 
@@ -221,7 +222,7 @@ def _collapse(graph: Graph) -> Iterator[Fault]:
         text += f", from {first.fraction:.2g} at {first.name!r}"
     text += f": inputs look alike there (m/v = {place.ratio:.2g})"
     text += f", as in {len(some) - 1} rows behind it. " if len(some) > 1 else ". "
-    text += f"The cause is {cause}{f', with {share:.0%} of it' if share < 0.995 else ''}."
+    text += f"The cause is {cause}{f', for {share:.0%} of the fall' if share < 0.995 else ''}."
     yield Fault(0, culprit, Finding("collapse", text, advice))
 
 
@@ -243,7 +244,7 @@ RELU = "ReLU"
 _ADVICE = {
     RELU: "sv.init.sample_ removes the means, and so does BatchNorm; rescaling alone "
     "(sv.init.total_) does not undo the effect of ReLU.",
-    "bias": "Start with biases of 0 and weights at He's rule, or let sv.init.sample_ set both.",
+    "bias": "Start with biases of 0 and weights at He's rule.",
     "mean": "Subtract the mean of the inputs over the data before anything else.",
     "constant": "Compare the scale of the constant with that of the signal beside it; "
     "sv.init.total_ brings back a signal that has faded.",
@@ -263,7 +264,12 @@ def _cause(graph: Graph, way: list[int]) -> tuple[str, float, str, int]:
         before = min(before, fraction)
     (kind, words), most = falls.most_common(1)[0]
     share = most / (sum(falls.values()) or 1.0)
-    return words, share, _ADVICE.get(kind, ""), where[kind, words]
+    advice = _ADVICE.get(kind, "")
+    if kind == RELU and (growth := along.gradient_growth(graph.calls)) > along.UNTRAINABLE:
+        advice = "Add skip connections whose branches are multiplied by 1/√L (L: their number), or "
+        advice += "use a leaky ReLU of slope 1 - 1/√L. sv.init.sample_ and BatchNorm would remove "
+        advice += f"the means, but squared gradients would grow some {growth:.0e} times."
+    return words, share, advice, where[kind, words]
 
 
 def _mechanism(graph: Graph, number: int) -> tuple[str, str]:
@@ -335,12 +341,13 @@ def _dead(graph: Graph, table: pd.DataFrame) -> Iterator[Fault]:
     text = f"{many[worst]:.0%} of the units of {name!r} are positive for no input, and the "
     text += f"rectifier behind them passes nothing ({len(many)} layers above {DEAD:.0%})."
     op = graph.calls[worst].operation
-    advice = (
-        "With sv.init.sample_ every unit of a layer with a bias has inputs on either side of 0."
-    )
+    advice = ""
+    if along.gradient_growth(graph.calls) <= along.UNTRAINABLE:
+        advice = "With sv.init.sample_ every unit of a layer with a bias has inputs on "
+        advice += "either side of 0."
     if isinstance(op, ops.Weights) and op.bias.square > 0.5 * graph.places[worst].sigma2:
         text += " Its bias is larger than its product of weights and inputs."
-        advice = "Start with biases of 0; sv.init.sample_ sets them."
+        advice = "Start with biases of 0."
     yield Fault(0 if many[worst] > 0.9 else 2, worst, Finding("dead units", text, advice))
 
 

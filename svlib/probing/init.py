@@ -39,7 +39,12 @@ from torch import nn
 
 from svlib import _check
 from svlib.moments import Decomposition, decompose
-from svlib.probing.along import GRADIENTS, gradient_growth, uses_batch_statistics
+from svlib.probing.along import (
+    GRADIENTS,
+    UNTRAINABLE,
+    gradient_growth,
+    uses_batch_statistics,
+)
 from svlib.probing.axes import Axes
 from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches, counted, joined
 from svlib.probing.calls import Call
@@ -154,7 +159,9 @@ def sample_(
     if (growth := gradient_growth(calls)) > GRADIENTS:
         text = f"with sample init squared gradients grow some {growth:.0e} times from the model's "
         text += "output to its first layer (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): "
-        text += "expect to need small learning rates, residual connections or total init"
+        text += "expect to need small learning rates"
+        if growth > UNTRAINABLE:
+            text += "; at this depth none may do: prefer skip connections or total init"
         warnings.warn(text, stacklevel=2)
     return table
 
