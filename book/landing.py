@@ -34,5 +34,5 @@ def draw_collapse(
     bar = figure.colorbar(
         image, ax=panels, ticks=[-2, 0, 2], shrink=0.7
     )
-    bar.set_label(r"output / $\sigma$")
+    bar.set_label(r"preactivation / $\sigma$")
     return figure
