@@ -111,7 +111,7 @@ def lines() -> list[tuple[str, ...]]:
         (
             start,
             *(
-                f"{found.loss[start, depth]:.2f} ({found.rate[start, depth]:g})"
+                f"{found.loss[start, depth]:.3f} ({found.rate[start, depth]:g})"
                 for depth in DEPTHS
             ),
         )

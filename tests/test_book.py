@@ -1,5 +1,6 @@
 """The book's helpers against arithmetic by hand."""
 
+import math
 import re
 import sys
 from itertools import pairwise
@@ -16,6 +17,8 @@ import xarray as xr
 import svlib as sv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
+import depths
+import laws
 import long_runs
 import runs
 import ways
@@ -148,3 +151,30 @@ def test_numbers_in_solutions() -> None:
     assert sv.theory.plateau(**options) > sv.theory.plateau()  # of v^2/m^2, so m/v is lower
     linear = sv.simulate(1024, 49, networks=12, samples=100, seed=0, activation="linear")
     assert float(linear.fraction[:, 49].mean()) > 0.9
+
+
+def test_frames_are_orthogonal_weights() -> None:
+    """Units drawn as frames of the inputs' products, against matrices, at layer 4."""
+    inputs = torch.eye(32, dtype=torch.float64)[:16]
+    record = sv.simulate(
+        32, 4, networks=600, inputs=inputs, seed=3, weights="orthogonal", dtype="float64"
+    )
+    matrices = record.v2_over_m2.values[:, 4]
+    drawn = laws.frames(32, 4, 600, torch.Generator().manual_seed(4)).numpy()
+    error = math.hypot(drawn.std(), matrices.std()) / math.sqrt(600)
+    assert abs(drawn.mean() - matrices.mean()) < 4 * error < 0.15 * matrices.mean()
+
+
+def test_the_best_rate_of_a_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["depth,start,rate,seed,loss"]
+    rows += [
+        f"10,He,{rate},{seed},{loss + seed}"
+        for rate, loss in ((0.1, 3), (0.2, 1))
+        for seed in (0, 1)
+    ]
+    rows += ["10,He,0.3,0,0.0", "10,He,0.3,1,inf"]  # one diverged
+    path = tmp_path / "depths.csv"
+    path.write_text("\n".join(rows))
+    monkeypatch.setattr(depths, "PATH", path)
+    best = depths.best().reset_index().iloc[0]
+    assert (best.rate, best.loss, best.error) == (0.2, 1.5, 0.5)

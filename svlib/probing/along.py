@@ -35,10 +35,10 @@ from svlib.probing.calls import Call
 from svlib.theory import activations, maps
 
 GRADIENTS = 100.0
-"""Growth of squared gradients, from output to input, that is reported."""
+"""Growth of squared gradients, from output to input, that is reported, and beyond which sample init
+and BatchNorm are not advised: a dozen ReLU layers. Chapter 6 has training runs of more."""
 UNTRAINABLE = 1000.0
-"""Growth beyond which sample init and BatchNorm are no longer advised: some twenty ReLU layers
-without skip connections. Chapter 6 has the training runs."""
+"""Growth that is the first finding: some twenty ReLU layers without skip connections."""
 
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects
 

@@ -164,7 +164,7 @@ def _gradients(table: pd.DataFrame, calls: Sequence[Call]) -> tuple[list[Finding
     text += f"layer, some {growth:.0e} times in all (theory; nothing was measured)."
     advice = "Skip connections or smaller learning rates help."
     if fatal:
-        advice = "No learning rate may do at this depth: prefer skip connections whose branches "
+        advice = "Small learning rates do not mend this: prefer skip connections whose branches "
         advice += "are multiplied by 1/√L, or sv.init.total_ instead of sample init."
     return [Finding("gradients", text, advice)], fatal
 

@@ -265,7 +265,7 @@ def _cause(graph: Graph, way: list[int]) -> tuple[str, float, str, int]:
     (kind, words), most = falls.most_common(1)[0]
     share = most / (sum(falls.values()) or 1.0)
     advice = _ADVICE.get(kind, "")
-    if kind == RELU and (growth := along.gradient_growth(graph.calls)) > along.UNTRAINABLE:
+    if kind == RELU and (growth := along.gradient_growth(graph.calls)) > along.GRADIENTS:
         advice = "Add skip connections whose branches are multiplied by 1/√L (L: their number), or "
         advice += "use a leaky ReLU of slope 1 - 1/√L. sv.init.sample_ and BatchNorm would remove "
         advice += f"the means, but squared gradients would grow some {growth:.0e} times."
@@ -342,7 +342,7 @@ def _dead(graph: Graph, table: pd.DataFrame) -> Iterator[Fault]:
     text += f"rectifier behind them passes nothing ({len(many)} layers above {DEAD:.0%})."
     op = graph.calls[worst].operation
     advice = ""
-    if along.gradient_growth(graph.calls) <= along.UNTRAINABLE:
+    if along.gradient_growth(graph.calls) <= along.GRADIENTS:
         advice = "With sv.init.sample_ every unit of a layer with a bias has inputs on "
         advice += "either side of 0."
     if isinstance(op, ops.Weights) and op.bias.square > 0.5 * graph.places[worst].sigma2:

@@ -161,7 +161,7 @@ def sample_(
         text += "output to its first layer (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): "
         text += "expect to need small learning rates"
         if growth > UNTRAINABLE:
-            text += "; at this depth none may do: prefer skip connections or total init"
+            text += "; at this depth they do not mend it: prefer skip connections or total init"
         warnings.warn(text, stacklevel=2)
     return table
 
