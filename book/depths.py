@@ -24,7 +24,7 @@ STARTS = (
     "BatchNorm",
     "branches / √L",
 )
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WIDTH, STEPS, BATCH = 128, 250, 64
 
 

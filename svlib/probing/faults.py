@@ -221,7 +221,7 @@ def _collapse(graph: Graph) -> Iterator[Fault]:
     if first is not place:
         text += f", from {first.fraction:.2g} at {first.name!r}"
     text += f": inputs look alike there (m/v = {place.ratio:.2g})"
-    text += f", as in {len(some) - 1} rows behind it. " if len(some) > 1 else ". "
+    text += f", as in {len(some) - 1} rows after it. " if len(some) > 1 else ". "
     text += f"The cause is {cause}{f', for {share:.0%} of the fall' if share < 0.995 else ''}."
     yield Fault(0, culprit, Finding("collapse", text, advice))
 
@@ -339,7 +339,7 @@ def _dead(graph: Graph, table: pd.DataFrame) -> Iterator[Fault]:
     worst = max(many, key=many.__getitem__)
     name = graph.places[worst].name
     text = f"{many[worst]:.0%} of the units of {name!r} are positive for no input, and the "
-    text += f"rectifier behind them passes nothing ({len(many)} layers above {DEAD:.0%})."
+    text += f"rectifier after them passes nothing ({len(many)} layers above {DEAD:.0%})."
     op = graph.calls[worst].operation
     advice = ""
     if along.gradient_growth(graph.calls) <= along.GRADIENTS:
