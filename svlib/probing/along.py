@@ -36,9 +36,9 @@ from svlib.theory import activations, maps
 
 GRADIENTS = 100.0
 """Growth of squared gradients, from output to input, that is reported, and beyond which sample init
-and BatchNorm are not advised: a dozen ReLU layers. Chapter 6 has training runs of more."""
+and BatchNorm are not advised, which is a dozen ReLU layers. Chapter 6 has training runs of more."""
 UNTRAINABLE = 1000.0
-"""Growth that is the first finding: some twenty ReLU layers without skip connections."""
+"""Growth that comes first among the findings, which is some twenty ReLU layers."""
 
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects
 
