@@ -70,6 +70,47 @@ def test_noise_of_orthogonal_weights_by_regression(rho: float) -> None:
         assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(draws)
 
 
+@pytest.mark.parametrize("rho", [0.1, 0.4, 0.9])
+def test_projection_of_orthogonal_weights_by_quadrature(rho: float) -> None:
+    """The regression on products of two of four units, of what an angle's integral gives."""
+    theta, pairs = math.acos(rho), [(i, j) for i in range(4) for j in range(i, 4)]
+    kinks = np.sort(np.array([-math.pi, -math.pi / 2, theta - math.pi / 2, math.pi / 2, math.pi]))
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    half = np.diff(kinks)[:, None] / 2
+    angle = (half * nodes + kinks[:-1, None] + half).ravel()
+    units = np.stack([np.cos(angle), np.cos(angle - theta)])
+    density = (half * weights).ravel() / (2 * math.pi)
+    relu = np.maximum(units, 0)
+    covariance = np.full((4, 4), rho) + (1 - rho) * np.eye(4)
+    gram = np.array([
+        [covariance[i, k] * covariance[j, m] + covariance[i, m] * covariance[j, k]
+         for k, m in pairs]
+        for i, j in pairs
+    ])  # fmt: skip
+
+    def coefficients(a: int, b: int) -> np.ndarray:
+        """Of the regression of 2 relu(z_a) relu(z_b), on products of z_a and z_b alone."""
+        one = [(a, a), (a, b), (b, b)] if a != b else [(a, a)]
+        unit = {a: units[0], b: units[0] if a == b else units[1]}
+        product = 2 * relu[0] * (relu[0] if a == b else relu[1]) * density
+        # <r^4> = 8, <r^2> = 2
+        moments = [
+            8 * (product * unit[i] * unit[j]).sum() - 2 * product.sum() * covariance[i, j]
+            for i, j in one
+        ]
+        at = [pairs.index((min(pair), max(pair))) for pair in one]
+        found = np.zeros(len(pairs))
+        found[at] = np.linalg.solve(gram[np.ix_(at, at)], moments)
+        return found
+
+    f, first = float(maps.correlation(rho)), float(maps.correlation_slope(rho))
+    drawn, kept = (_covariances(rho, f, first, 0.0, kind) for kind in ("gaussian", "orthogonal"))
+    of = [((0, 0), (0, 0)), ((0, 0), (1, 1)), ((0, 0), (0, 1)), ((0, 0), (1, 2)), ((0, 1), (2, 3)),
+          ((0, 1), (0, 1))]  # fmt: skip
+    expected = [coefficients(*x) @ gram @ coefficients(*y) for x, y in of]
+    np.testing.assert_allclose(np.subtract(drawn, kept), expected, rtol=1e-10)
+
+
 CASES = [
     (128, {}),
     (100, {"activation": "leaky_relu", "negative_slope": 0.3}),
