@@ -310,7 +310,14 @@ def far() -> pd.DataFrame:
                 away = abs(theirs.iteration - moment)
                 near = away.min() <= moment / 10
                 rows[task, moment, title] = {
-                    "ours": float(at(losses[kind], moment)),
+                    "ours": float(
+                        at(
+                            losses[kind].sel(
+                                iteration=slice(moment - 1)
+                            ),
+                            moment,
+                        )
+                    ),
                     "paper": theirs.loss.iloc[int(away.argmin())]
                     if near
                     else float("nan"),
