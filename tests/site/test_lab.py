@@ -73,11 +73,6 @@ def test_run_all(browser: Browser, lab: str, name: str) -> None:  # noqa: F811
         page.evaluate(FORGET)
         page.evaluate("void window.jupyterapp.commands.execute('notebook:restart-run-all')")
         page.locator(".jp-Dialog .jp-mod-accept").click(timeout=20_000)
-        page.wait_for_function(
-            "window.jupyterapp.shell.currentWidget?.context?.sessionContext?.session?.kernel"
-            "?.status === 'busy'",
-            timeout=60_000,
-        )
         for _ in range(180):
             found = page.evaluate(COUNTS)
             if not found["waiting"] or found["errors"]:
