@@ -105,18 +105,14 @@ def best() -> pd.DataFrame:
 
 
 def lines() -> list[tuple[str, ...]]:
-    """A row for each start, a column for each depth: loss (rate)."""
-    found = best().reset_index().set_index(["start", "depth"])
-    return [
-        (
-            start,
-            *(
-                f"{found.loss[start, depth]:.3f} ({found.rate[start, depth]:g})"
-                for depth in DEPTHS
-            ),
-        )
-        for start in STARTS
+    """A row for each start, a column for each depth: loss ± error (rate)."""
+    found = best().reset_index("rate")
+    told = [
+        f"{x.loss:.3f} ± {x.error:.3f} ({x.rate:g})"
+        for x in found.itertuples()
     ]
+    table = pd.Series(told, found.index).unstack("depth")
+    return [(start, *table.loc[start]) for start in STARTS]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -59,26 +60,30 @@ def binned(losses: xr.DataArray) -> xr.DataArray:
     return losses.coarsen(iteration=size, boundary="trim").mean()
 
 
-def draw_losses(losses: xr.DataArray, task: str, axes: Axes) -> None:
-    """Our curves, seed by seed averaged, and the paper's points."""
-    curves, read = binned(losses), paper()
-    for index, (kind, title) in enumerate(TITLES.items()):
-        look = sv.plot.look(index)
-        mine = curves.sel(initialization=kind)
+def read_off(task: str, kind: str) -> pd.DataFrame:
+    """The paper's curve of one initialization: iteration, loss."""
+    table = paper()
+    return table[(table.task == task) & (table.initialization == kind)]
+
+
+def draw_losses(
+    losses: Mapping[str, xr.DataArray], task: str, axes: Axes
+) -> None:
+    """Our curves (iteration,) by initialization, and the paper's points."""
+    for index, (kind, loss) in enumerate(losses.items()):
+        look, curve = sv.plot.look(index), binned(loss)
         axes.plot(
-            mine.iteration,
-            mine.mean("seed"),
-            label=title,
+            curve.iteration,
+            curve,
+            label=TITLES[kind],
             **look,
             markevery=8,
         )
-        theirs = read[
-            (read.task == task) & (read.initialization == kind)
-        ]
+        theirs = read_off(task, kind)
         axes.scatter(
             theirs.iteration, theirs.loss, s=14, color=look["color"]
         )
-    axes.set(xscale="log", yscale="log", ylabel="training loss")
+    axes.set(yscale="log", ylabel="training loss")
 
 
 def draw_ratios(losses: xr.DataArray, task: str, axes: Axes) -> None:
@@ -299,25 +304,17 @@ def far_losses(task: str) -> dict[str, xr.DataArray]:
 
 def far() -> pd.DataFrame:
     """Losses of the longest runs, and the nearest that was read off the paper's figure."""
-    rows, read = {}, paper()
+    rows = {}
     for task, moments in FAR.items():
         losses = far_losses(task)
         for moment in moments:
             for kind, title in TITLES.items():
-                theirs = read[
-                    (read.task == task) & (read.initialization == kind)
-                ]
+                theirs = read_off(task, kind)
                 away = abs(theirs.iteration - moment)
                 near = away.min() <= moment / 10
+                until = losses[kind].sel(iteration=slice(moment - 1))
                 rows[task, moment, title] = {
-                    "ours": float(
-                        at(
-                            losses[kind].sel(
-                                iteration=slice(moment - 1)
-                            ),
-                            moment,
-                        )
-                    ),
+                    "ours": float(at(until, moment)),
                     "paper": theirs.loss.iloc[int(away.argmin())]
                     if near
                     else float("nan"),
@@ -345,8 +342,8 @@ def far_lines() -> list[tuple[str, ...]]:
     return lines
 
 
-def at_one_rate() -> dict[str, float]:
-    """Losses at 20,000 iterations on CIFAR-10, one seed: total init, slower, sample init.
+def at_one_rate(moment: int) -> dict[str, float]:
+    """Losses about a moment on CIFAR-10, one seed: total init, slower, sample init.
 
     Slower is total init at the rate of sample init.
     """
@@ -360,29 +357,8 @@ def at_one_rate() -> dict[str, float]:
         path = claims.RESULTS / "overnight" / f"{name}.nc"
         record = xr.load_dataset(path, engine="scipy")
         losses = record.loss.sel(seed=0)
-        found[key] = float(at(losses, 20_000).squeeze())
+        found[key] = float(at(losses, moment).squeeze())
     return found
-
-
-def draw_far(task: str, axes: Axes) -> None:
-    """The longest runs, and the paper's points."""
-    read = paper()
-    for index, (kind, loss) in enumerate(far_losses(task).items()):
-        look, curve = sv.plot.look(index), binned(loss)
-        axes.plot(
-            curve.iteration,
-            curve,
-            label=TITLES[kind],
-            **look,
-            markevery=8,
-        )
-        theirs = read[
-            (read.task == task) & (read.initialization == kind)
-        ]
-        axes.scatter(
-            theirs.iteration, theirs.loss, s=14, color=look["color"]
-        )
-    axes.set(yscale="log", xlabel="iteration", ylabel="training loss")
 
 
 def draw_during(panels: NDArray[Any]) -> None:

@@ -17,6 +17,7 @@ import xarray as xr
 import svlib as sv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
+import claims
 import depths
 import laws
 import long_runs
@@ -57,6 +58,15 @@ def test_stored_ratios_are_paired_over_three_seeds() -> None:
     half = 4.30265 * logs.std(ddof=1) / 3**0.5  # Student's t of two degrees of freedom
     assert row["high"]["total"] == pytest.approx(np.exp(logs.mean() + half), rel=1e-4)
     assert row["paper"]["total"] == pytest.approx(0.884 / 0.561)
+
+
+def test_sizes_in_the_claims_are_those_read_off() -> None:
+    stated = claims.stated()["05-training"]
+    last = long_runs.ratios().groupby(["task", "above"], as_index=False).last()
+    assert len(last) == 4
+    for row in last.itertuples():
+        claim = stated[f"{row.task}_long_{row.above}_{row.below}_size"]
+        assert claim["paper"] == pytest.approx(float(str(row.paper)), abs=5e-4)
 
 
 def test_claims_of_few_seeds_want_their_interval() -> None:

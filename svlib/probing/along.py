@@ -37,7 +37,7 @@ from svlib.theory import activations, maps
 GRADIENTS = 100.0
 """Growth of squared gradients, from output to input, that is reported, and beyond which sample init
 and BatchNorm are not advised, which is a dozen ReLU layers. Chapter 6 has training runs of more."""
-UNTRAINABLE = 1000.0
+GRADIENTS_FIRST = 1000.0
 """Growth that comes first among the findings, which is some twenty ReLU layers."""
 
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects

@@ -107,8 +107,8 @@ def explain(
     if not any(finding.kind != "absolute scale" for finding in wrong):
         wrong = [*wrong, _sound(graph, calls)]
     notes = [*_dropout(calls), *_batchnorm(table, calls)]
-    growing, fatal = _gradients(table, calls)
-    findings = [*growing, *wrong, *notes] if fatal else [*wrong, *growing, *notes]
+    growing, first = _gradients(table, calls)
+    findings = [*growing, *wrong, *notes] if first else [*wrong, *growing, *notes]
     findings = findings[: _FINDINGS - 1]
     return Explanation(table, theory, (*findings, _agreement(table, theory)), calls)
 
@@ -158,15 +158,15 @@ def _gradients(table: pd.DataFrame, calls: Sequence[Call]) -> tuple[list[Finding
     growth = along.gradient_growth(calls, batchnorm=not centred)
     if growth < GRADIENTS:
         return [], False
-    fatal = growth > along.UNTRAINABLE
+    first = growth > along.GRADIENTS_FIRST
     means = "sample means of 0" if centred else "BatchNorm"
     text = f"with {means} squared gradients are expected to grow backwards from ReLU layer to ReLU "
     text += f"layer, some {growth:.0e} times in all (theory; nothing was measured)."
     advice = "Skip connections or smaller learning rates help."
-    if fatal:
+    if first:
         advice = "Small learning rates do not mend this: prefer skip connections whose branches "
         advice += "are multiplied by 1/√L, or sv.init.total_ instead of sample init."
-    return [Finding("gradients", text, advice)], fatal
+    return [Finding("gradients", text, advice)], first
 
 
 def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> Finding:

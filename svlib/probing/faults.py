@@ -170,8 +170,9 @@ def _scale(graph: Graph, kind: str, number: int) -> Fault:
     advice = "sv.init.total_ sets σ² to 1 in every layer."
     if gains:
         middle = gains[len(gains) // 2]
-        words = f"Its weights have fan-in times mean square {middle:.2g}; He's rule for ReLU is 2"
-        words += ", so not they but padding, few units or biases. " if 1.8 < middle < 2.2 else ". "
+        words = f"Its weights have fan-in times mean square {middle:.2g}; He's rule for ReLU is 2. "
+        if 1.8 < middle < 2.2:
+            words += "The cause may be another activation, padding, few units or biases. "
         advice = words + advice
     return Fault(0, culprit, Finding(kind, text, advice))
 

@@ -41,7 +41,7 @@ from svlib import _check
 from svlib.moments import Decomposition, decompose
 from svlib.probing.along import (
     GRADIENTS,
-    UNTRAINABLE,
+    GRADIENTS_FIRST,
     gradient_growth,
     uses_batch_statistics,
 )
@@ -159,9 +159,11 @@ def sample_(
     if (growth := gradient_growth(calls)) > GRADIENTS:
         text = f"with sample init squared gradients grow some {growth:.0e} times from the model's "
         text += "output to its first layer (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): "
-        text += "expect to need small learning rates"
-        if growth > UNTRAINABLE:
-            text += "; at this depth they do not mend it: prefer skip connections or total init"
+        deep = growth > GRADIENTS_FIRST
+        text += (
+            "small learning rates do not mend this, " if deep else "expect small learning rates, "
+        )
+        text += "prefer skip connections or total init" if deep else "or use skip connections"
         warnings.warn(text, stacklevel=2)
     return table
 
