@@ -403,6 +403,52 @@ def test_theory_of_positions() -> None:
     )
 
 
+def test_theory_of_averages_over_independent_positions() -> None:
+    """(r + (q - r) / k, r) of k positions, in convolutions and in a network on sets of points."""
+    noise, conv = gaussian(60, 300, 4, 4, seed=2), models.he_(nn.Conv2d(300, 299, 1))
+    pools: dict[Callable[..., torch.Tensor], int] = {
+        lambda y: F.avg_pool2d(y, 2): 4,
+        lambda y: F.adaptive_avg_pool2d(y, (2, 4)): 2,
+        lambda y: y.mean((-1, -2), keepdim=True): 16,
+    }
+    for pool, count in pools.items():
+        model = Images(lambda y, conv: conv(pool(torch.relu(y))), conv=conv)  # noqa: B023
+        found = sv.explain(model, noise)
+        once = (1 - 1 / math.pi) / count
+        assert found.theory.start.tolist() == ["input", ""]
+        assert found.theory.fraction.iloc[-1] == pytest.approx(
+            once / (1 / math.pi + once), abs=0.01
+        )
+        for column, tolerance in (("v2", 0.03), ("m2", 3 * math.sqrt(2 / 300))):
+            expected = pytest.approx(found.table[column].iloc[-1], rel=tolerance)
+            assert found.theory[column].iloc[-1] == expected
+    points = Between(lambda y: torch.relu(y).mean(1))
+    found = sv.explain(points, gaussian(50, 8, WIDTH, seed=9))
+    assert found.theory.start.tolist() == ["input", ""]
+    agree(found)
+
+
+def test_averages_over_positions_that_are_not_independent() -> None:
+    noise, conv = gaussian(60, 300, 6, 6, seed=2), models.he_(nn.Conv2d(300, 300, 1))
+    smooth = F.avg_pool2d(noise, 3, stride=1, padding=1)
+    pattern = gaussian(36, seed=3).view(6, 6)
+    between: list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = [
+        ("avg_pool2d", nn.Sequential(nn.Conv2d(300, 300, 2), nn.AvgPool2d(5))),
+        ("avg_pool2d", nn.Sequential(nn.Conv2d(300, 300, 1, padding=1), nn.AvgPool2d(2))),
+        ("avg_pool2d", lambda y: F.avg_pool2d(conv(y * pattern), 2)),
+        ("avg_pool2d", lambda y: F.avg_pool2d(y, 3, stride=2)),
+        ("avg_pool2d", lambda y: F.avg_pool2d(y, 3, padding=1)),
+        ("adaptive_avg_pool2d", lambda y: F.adaptive_avg_pool2d(y, 4)),
+        ("mean", lambda y: y.mean(1, keepdim=True).expand_as(y)),
+    ]
+    cases = [(cause, way, noise, "samples") for cause, way in between]
+    cases += [("avg_pool2d", nn.AvgPool2d(2), smooth, "samples")]
+    cases += [("average over positions", nn.AvgPool2d(2), noise, "units")]
+    for cause, way, x, positions in cases:
+        model = Images(lambda y, conv: conv(way(y)), conv=conv)  # noqa: B023
+        assert sv.explain(model, x, positions=positions).theory.start.iloc[-1] == cause
+
+
 def test_diagnoses_of_a_deep_network() -> None:
     x = gaussian(200, 100)
     deep = sv.networks.mlp(100, width=100, depth=30, outputs=10, seed=0)

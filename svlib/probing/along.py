@@ -17,9 +17,13 @@ u = 0.
 - A sum of independent signals has (q + q', r + r'), a product (q q', r r'). Signals are independent
   if random weights lie between them and all that they have in common.
 
+- An average over k positions that are independent (no kernel overlaps another, and positions of the
+  data vary as inputs do) has (r + (q - r)/k, r).
+
 One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise
-and an approximation for data whose pairs differ. Where a call is beyond this (pooling, attention),
-theory starts again from the measured values of the next linear or convolutional layer.
+and an approximation for data whose pairs differ. Where a call is beyond this (attention, pooling of
+what overlaps), theory starts again from the measured values of the next linear or convolutional
+layer.
 """
 
 from __future__ import annotations
@@ -99,8 +103,10 @@ def follow(
             return "a pattern over positions"
         case ops.Affine(scale2, shift):
             return _affine(signal, scale2, shift)
-        case ops.Normalize(positions=True) if units:
-            return "batch_norm over positions"
+        case ops.Normalize(positions=True) | ops.Pool() if units:
+            return f"{getattr(operation, 'kind', 'average')} over positions"
+        case ops.Pool(positions):
+            return Signal(r + (q - r) / positions, r, u, gaussian)
         case ops.Normalize():
             return _normalize(signal, operation)
 

@@ -7,6 +7,7 @@ operation, on the outputs of which calls. :mod:`svlib.probing.along` follows it 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -45,13 +46,15 @@ class _Output(NamedTuple):
 
     ``measures`` says whether theory knows its mean squares. ``origins`` are the nearest weights
     (their storage) or inputs upstream; signals that share none are independent. ``units`` is their
-    number, where known; ``note`` says which step of a normalization the output is.
+    number, where known; ``note`` says which step of a normalization the output is. ``apart`` says
+    whether positions are independent, ``None`` of what no weights have met.
     """
 
     measures: bool
     origins: frozenset[int]
     units: int | None
     note: Note
+    apart: bool | None
 
 
 class Recorder(TorchFunctionMode):
@@ -73,7 +76,7 @@ class Recorder(TorchFunctionMode):
         self._number = WeakTensorKeyDictionary()
         self._outputs: list[_Output] = []  # of the calls
         for number, (described, x) in enumerate(inputs):
-            known = _Output(False, frozenset({-1 - number}), None, Note("itself", number))
+            known = _Output(False, frozenset({-1 - number}), None, Note("itself", number), None)
             self._add(Call("input", described), x, known)
 
     def knows(self, output: torch.Tensor) -> bool:
@@ -137,7 +140,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(call.operation, ops.Sum | ops.Product):
             call = replace(call, parents=tuple(map(self._followed, numbers, mine)))
         weighted = name in ops.WEIGHTED
-        known = _of_weights(call, len(self.calls), args, kwargs, made[0]) if weighted else None
+        known = None
+        if weighted:
+            known = _of_weights(call, len(self.calls), parents[0], args, kwargs, made[0])
         for y in made:
             self._add(call, y, known, step)
             computed = inplace or all(_storage(y) != _storage(x) for x in given)
@@ -161,6 +166,7 @@ class Recorder(TorchFunctionMode):
                 frozenset[int]().union(*(parent.origins for parent in parents)),
                 parents[0].units if follows else None,
                 step or own,
+                _apart(call.operation, [parent.apart for parent in parents]),
             )
         self._number[output] = len(self.calls)
         self._outputs.append(known)
@@ -195,11 +201,38 @@ def _call(
     return Call(function, operation, tuple(numbers)), step
 
 
-def _of_weights(call: Call, number: int, args: Any, kwargs: Any, y: torch.Tensor) -> _Output:
-    origin = ops.weight_of(call.function, args, kwargs).untyped_storage().data_ptr()
-    units = y.shape[1 if call.function in ops.CONVOLUTIONS else -1]
+def _of_weights(
+    call: Call, number: int, parent: _Output, args: Any, kwargs: Any, y: torch.Tensor
+) -> _Output:
+    name = call.function
+    origin = ops.weight_of(name, args, kwargs).untyped_storage().data_ptr()
+    units = 1 if name in ops.CONVOLUTIONS else -1
     follows = not isinstance(call.operation, ops.Beyond)
-    return _Output(follows, frozenset({origin}), units, Note("itself", number))
+    apart = parent.apart
+    if apart is None:
+        x = ops.argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
+        apart = _independent(x, units)
+    apart = follows and apart and ops.keeps_apart(name, args, kwargs)
+    known = y.shape[units]
+    return _Output(follows, frozenset({origin}), known, Note("itself", number), apart)
+
+
+def _independent(x: torch.Tensor, units: int) -> bool:
+    """Whether means over the positions of an input vary as those of as many inputs would."""
+    if x.ndim < 3 or len(x) < 2:
+        return False  # a view may make positions of what has none
+    z = x.detach().double().movedim(units, 1).flatten(2)  # (inputs, units, positions)
+    samples, width, positions = z.shape
+    found = positions * z.mean(2).var(0).mean() / (z - z.mean((0, 2), keepdim=True)).square().mean()
+    return bool(abs(found - 1) < 4 * math.sqrt(2 / (width * (samples - 1))))
+
+
+def _apart(operation: ops.Operation, before: list[bool | None]) -> bool | None:
+    """Whether positions are independent behind an operation without weights."""
+    pattern = isinstance(operation, ops.Affine) and operation.pattern
+    if pattern or isinstance(operation, ops.Beyond) or False in before:
+        return False
+    return None if None in before else True
 
 
 def _read(
@@ -228,6 +261,8 @@ def _read(
             return ops.Beyond(f"{name} over positions")
     if name in ops.RESHAPES and _merges_positions(mine[0], output):
         return ops.Beyond("flatten of positions")
+    if name in ops.MEANS and parents[0].apart:
+        return ops.pool_of(name, parents[0].units, args, kwargs, output)
     if name in ("cat", "concat", "stack"):
         joins = len(list(tensors((args, kwargs)))) > len(mine)
         return ops.Beyond(f"{name} with a constant" if joins else name, joins=joins)

@@ -26,6 +26,8 @@ _TURNS = frozenset({"transpose", "permute", "movedim", "contiguous", "clone", "d
 _CASTS = frozenset({"to", "float", "double"})
 MOVES = RESHAPES | _TURNS | _CASTS
 SUMS = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub"})
+_POOLS = frozenset(f"{kind}avg_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))
+MEANS = _POOLS | {"mean"}
 PRODUCTS = frozenset({"mul", "imul", "rmul"})
 QUOTIENTS = frozenset({"div", "truediv", "itruediv"})
 
@@ -139,6 +141,13 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The average over ``positions`` that are as different as two inputs."""
+
+    positions: int
+
+
+@dataclass(frozen=True)
 class Move:
     """Entries are moved and stay what they are."""
 
@@ -157,8 +166,8 @@ class Beyond:
 
 
 Operation = (
-    Input | Weights | Relu | Activate | Affine | Normalize | Dropout | Sum | Product | Move
-    | Measured | Beyond
+    Input | Weights | Relu | Activate | Affine | Normalize | Dropout | Sum | Product | Pool
+    | Move | Measured | Beyond
 )  # fmt: skip
 
 
@@ -240,6 +249,47 @@ def _weights(name: str, args: Any, kwargs: Any) -> Weights:
     # each output position sees 1/stride of the kernel
     fan_in = weight.shape[0] // groups * math.prod(weight.shape[2:]) / strides
     return Weights(fan_in * _mean_square(weight), bias, float(strides))
+
+
+def keeps_apart(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether no two positions of a weighted layer's output see the same position of its input."""
+    if name not in CONVOLUTIONS:
+        return True
+    argument = partial(argument_of, args, kwargs)
+    kernel = weight_of(name, args, kwargs).shape[2:]
+    strides = _per_axis(argument(3, "stride", 1), len(kernel))
+    tiles = all(size <= stride for size, stride in zip(kernel, strides, strict=True))
+    dense = {*_per_axis(argument(5, "dilation", 1), 1)} == {1}
+    return "transpose" not in name and tiles and dense and _unpadded(argument(4, "padding", 0))
+
+
+def _per_axis(value: Any, axes: int) -> list[Any]:
+    return list(value) if isinstance(value, tuple | list) else [value] * axes
+
+
+def _unpadded(padding: Any) -> bool:
+    return padding == "valid" or not any(_per_axis(padding, 1))
+
+
+def pool_of(name: str, units: int | None, args: Any, kwargs: Any, y: torch.Tensor) -> Operation:
+    """Average pooling whose windows tile the positions, or a mean over all of them."""
+    argument = partial(argument_of, args, kwargs)
+    x: torch.Tensor = argument(0, "input")
+    positions = x.numel() // y.numel()
+    if name == "mean":
+        over = {dim % x.ndim for dim in _per_axis(argument(1, "dim", []), 1)}
+        kept = math.prod(size for dim, size in enumerate(x.shape) if dim and dim not in over)
+        tiles = 0 not in over and kept == units != positions  # or units might be averaged
+    else:
+        axes = int(name[-2])
+        windows = [a / b for a, b in zip(x.shape[-axes:], y.shape[-axes:], strict=True)]
+        if name.startswith("adaptive"):
+            tiles = all(window % 1 == 0 for window in windows)
+        else:
+            kernel = _per_axis(argument(1, "kernel_size"), axes)
+            strides = _per_axis(argument(2, "stride") or kernel, axes)
+            tiles = windows == kernel == strides and _unpadded(argument(3, "padding", 0))
+    return Pool(positions) if tiles else Beyond(name)
 
 
 def _batch_norm(args: Any, kwargs: Any) -> Operation:
