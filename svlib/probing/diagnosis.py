@@ -183,8 +183,9 @@ def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> Finding:
     text += f"v²/σ² = {last.expected:.2g}, measured {last.fraction:.2g}."
     if worst.difference <= DEVIATION:
         return Finding("theory", text)
-    text += f" They differ most at {worst['name']!r}: expected {worst.expected:.2g}, "
-    text += f"measured {worst.fraction:.2g}."
+    if worst["name"] != last["name"]:
+        text += f" They differ most at {worst['name']!r}: expected {worst.expected:.2g}, "
+        text += f"measured {worst.fraction:.2g}."
     reasons = "Theory knows wide layers, random weights and one correlation for all pairs of "
     reasons += "inputs and positions; narrow layers, trained or calibrated weights and structured "
     return Finding("theory", text, f"{reasons}data depart from it.")

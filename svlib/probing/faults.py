@@ -215,13 +215,13 @@ def _collapse(graph: Graph) -> Iterator[Fault]:
     place, way = graph.places[number], graph.path(number)
     cause, share, advice, culprit = _cause(graph, way)
     first = graph.places[way[0]]
-    text = f"v²/σ² is {max(place.fraction, 0):.2g} at {place.name!r}"
-    if place.spread >= COLLAPSED:  # lengths alone keep v^2
-        text = f"inputs differ in length alone at {place.name!r} (mean cosine "
-        text += f"{1 - place.fraction:.3f}; v²/σ² is {place.spread:.2g})"
-    if first is not place:
+    text = f"v²/σ² is {max(place.fraction, 0):.2g} at {graph.words(number)}"
+    if place.spread >= COLLAPSED:
+        text = f"inputs point in nearly one direction at {graph.words(number)}: their mean cosine "
+        text += f"is {1 - place.fraction:.3f}; with their lengths, v²/σ² is {place.spread:.2g}"
+    elif first is not place:
         text += f", from {first.fraction:.2g} at {first.name!r}"
-    text += f": inputs look alike there (m/v = {place.ratio:.2g})"
+    text += f"; inputs look alike there (m/v = {place.ratio:.2g})"
     text += f", as in {len(some) - 1} rows after it. " if len(some) > 1 else ". "
     text += f"The cause is {cause}{f', for {share:.0%} of the fall' if share < 0.995 else ''}."
     yield Fault(0, culprit, Finding("collapse", text, advice))
@@ -338,9 +338,8 @@ def _dead(graph: Graph, table: pd.DataFrame) -> Iterator[Fault]:
     if not many:
         return
     worst = max(many, key=many.__getitem__)
-    name = graph.places[worst].name
-    text = f"{many[worst]:.0%} of the units of {name!r} are positive for no input, and the "
-    text += f"rectifier after them passes nothing ({len(many)} layers above {DEAD:.0%})."
+    text = f"{many[worst]:.0%} of the units of {graph.words(worst)} are positive for no input, and "
+    text += f"the rectifier after them passes nothing ({len(many)} layers above {DEAD:.0%})."
     op = graph.calls[worst].operation
     advice = ""
     if along.gradient_growth(graph.calls) <= along.GRADIENTS:

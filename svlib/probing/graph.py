@@ -50,7 +50,7 @@ class Graph:
     """Judged rows by the number of their call."""
 
     def __init__(self, table: pd.DataFrame, calls: Sequence[Call]) -> None:
-        self.calls = calls
+        self.calls, self.rows = calls, len(table)
         self.children: list[list[int]] = [[] for _ in calls]
         for number, call in enumerate(calls):
             for parent in set(call.parents):
@@ -88,6 +88,12 @@ class Graph:
         """The judged calls that feed a call, the one of the largest sigma^2 first."""
         above = frozenset[int]().union(*(self._nearest[p] for p in self.calls[number].parents))
         return sorted(above, key=lambda n: -self.places[n].sigma2)
+
+    def words(self, number: int) -> str:
+        """The name of a row and, where that is a number of its own, which row it is."""
+        place = self.places[number]
+        which = f" (row {place.line + 1} of {self.rows})" if place.name.isdigit() else ""
+        return f"{place.name!r}{which}"
 
     def upstream(self, number: int, *, far: bool = False) -> list[Call]:
         """The calls that a call depends on, up to judged ones; with ``far``, beyond them too."""

@@ -131,10 +131,11 @@ def sample_(
     call: Caller | None = None,
     mask: Masker | None = None,
 ) -> pd.DataFrame:
-    """Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
+    r"""Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
 
     Arguments, table and errors are those of :func:`total_`. A unit that does not vary over the
-    inputs is left as it is. Squared gradients then grow backwards by 1.467 per ReLU layer.
+    inputs is left as it is. Squared gradients then grow backwards by 1.467 per ReLU layer. S inputs
+    give means and deviations that on other inputs are off by some :math:`1/\sqrt S` of a deviation.
 
     Warns:
         UserWarning: If layers are left as by :func:`total_`, or units;
