@@ -2,10 +2,12 @@
 
 A Sphinx extension. What git tracks is packed or, without git, everything but what
 builds and environments leave behind. Times are fixed: equal files give equal archives.
+If ``make pdf`` has printed the book, the site has that too, among each page's downloads.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -55,12 +57,43 @@ def pack(root: Path, target: Path) -> None:
             archive.writestr(entry, (root / path).read_bytes())
 
 
+def _printed(app: Any) -> Path:
+    """The book as a PDF, where ``make pdf`` puts it."""
+    return Path(app.srcdir) / "_build" / "pdf" / f"{NAME}.pdf"
+
+
+def _offer(
+    app: Any,
+    page: str,
+    template: str,
+    context: dict[str, Any],
+    tree: Any,
+) -> None:
+    for menu in context.get("header_buttons", []):
+        if (
+            menu["label"] == "download-buttons"
+            and _printed(app).exists()
+        ):
+            button = {
+                "type": "link",
+                "url": context["pathto"](f"{NAME}.pdf", 1),
+                "text": ".pdf of the whole book",
+                "tooltip": "Download the whole book",
+                "icon": "fas fa-file-pdf",
+                "label": "download-book-button",
+            }
+            menu["buttons"].append(button)
+
+
 def _finished(app: Any, exception: Exception | None) -> None:
     if exception is None and app.builder.name == "html":
         pack(Path(app.srcdir), Path(app.outdir) / f"{NAME}.zip")
+        if _printed(app).exists():
+            shutil.copy(_printed(app), app.outdir)
 
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
+    app.connect("html-page-context", _offer, priority=900)
     app.connect("build-finished", _finished)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -491,7 +491,8 @@ def test_diagnoses_of_scale_and_dead_units() -> None:
     with torch.no_grad():
         first.bias[:25] = -100.0
         first.bias[25:] = 0.0
-    assert "50% of the units of '0' (row 1 of 2) are positive for no input" in kinds(dying, x)["dead units"]
+    half = kinds(dying, x)["dead units"]
+    assert "50% of the units of '0' (row 1 of 2) are positive for no input" in half
     dying[1] = nn.Tanh()
     assert "dead units" not in kinds(dying, x)
 

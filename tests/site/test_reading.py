@@ -95,6 +95,7 @@ def test_nothing_serious_for_axe(browser: Browser, address: str, name: str) -> N
     page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     try:
         page.goto(address + name, wait_until="networkidle")
+        page.add_style_tag(content="* { transition: none !important; }")  # colours at once
         page.evaluate(axe.read_text(encoding="utf-8"))
         for scheme, width in (("light", 1280), ("dark", 1280), ("dark", 390)):
             page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
@@ -110,6 +111,17 @@ def test_nothing_serious_for_axe(browser: Browser, address: str, name: str) -> N
             assert bad == []
     finally:
         page.close()
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_terms_show_their_definition(site: Path, name: str) -> None:
+    """The first use of each, once on a page, in the running text."""
+    text = (site / "book" / f"{name}.html").read_text(encoding="utf-8")
+    links = re.findall(r'<a class="glossary[^>]*#(term-[^"]*)" title="([^"]*)">([^<]*)<', text)
+    words = [word.lower() for _, _, word in links]
+    assert len(links) >= 3
+    assert len(set(words)) == len(words)
+    assert all(len(definition) > 20 and "\\" not in definition for _, definition, _ in links)
 
 
 def main() -> None:
