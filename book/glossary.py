@@ -14,6 +14,8 @@ from docutils import nodes
 
 PAGE = "book/notation"
 TEXT = (nodes.paragraph, nodes.list_item, nodes.strong, nodes.emphasis)
+# which mean something else as well: the width of a histogram
+AMBIGUOUS = ("width", "depth", "record")
 SIGNS = ((r"\sigma", "\N{GREEK SMALL LETTER SIGMA}"), ("^2", "²"))
 
 
@@ -27,7 +29,8 @@ def terms(doctree: Any) -> dict[str, tuple[str, str]]:
         for term in item.findall(nodes.term):
             if term["ids"]:
                 for name in term.astext().lower().split(", "):
-                    found[name] = term["ids"][0], definition
+                    if name not in AMBIGUOUS:
+                        found[name] = term["ids"][0], definition
     return found
 
 

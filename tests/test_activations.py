@@ -131,7 +131,8 @@ def test_gap_keeps_its_digits(name: str, gap: float) -> None:
 
 def worst(name: str, depths: list[int]) -> list[float]:
     """Relative errors of v^2/sigma^2 at these layers at He's rule, against 30 digits."""
-    gap, gap_of, exact = mp.mpf(1), exact_gap(name), []
+    gap, gap_of = mp.mpf(1), exact_gap(name)
+    exact: list[mpmath.mpf] = []
     while len(exact) < max(depths):
         before, gap = gap, gap_of(gap)
         exact.append(gap)

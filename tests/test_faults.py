@@ -446,3 +446,42 @@ def test_a_collapse_of_directions_is_seen_where_lengths_keep_the_variance() -> N
     assert explanation.table.cosine.iloc[40] == pytest.approx(by_hand, rel=1e-6)
     assert str(explanation.findings[0]).startswith("collapse: ")
     assert "ReLU" in str(explanation.findings[0])
+
+
+class OfPoints(nn.Module):
+    """A set network: the mean over points, between two parts."""
+
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        self.inner = sv.networks.mlp(3, width=128, depth=2, outputs=128, seed=0)
+        self.outer = sv.networks.mlp(128, width=128, depth=2, outputs=10, seed=1)
+        with torch.no_grad():
+            next(iter(self.outer)).bias.fill_(bias)  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.outer(torch.relu(self.inner(x)).mean(1))
+        return y
+
+
+def test_an_average_over_positions_is_the_cause() -> None:
+    points = gaussian(128, 32, 3)
+    explanation = sv.explain(OfPoints(), points)
+    found = explanation.findings[0]
+    assert "The cause is the average before 'outer.0' (mean)" in found.text
+    fraction = explanation.table.set_index("name").fraction["outer.0"]
+    assert found.text.startswith(f"v²/σ² is {fraction:.2g} at 'outer.0'")
+    assert "bias of 'outer.0'" in str(sv.explain(OfPoints(5.0), points).findings[0])
+
+
+def test_biases_of_many_layers_are_one_cause() -> None:
+    """torch's default, by which every layer's bias does a little."""
+    generator = torch.Generator().manual_seed(0)
+    deep = sv.networks.mlp(20, width=128, depth=30, outputs=10, seed=0)
+    for layer in deep:
+        if isinstance(layer, nn.Linear):
+            for parameter in (layer.weight, layer.bias):
+                bound = layer.in_features**-0.5
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    found = str(sv.explain(deep, gaussian(128, 20)).findings[0])
+    assert "The cause is the bias of" in found
+    assert "and others" in found

@@ -139,9 +139,8 @@ class Recorder(TorchFunctionMode):
         call, step = _call(name, mine, numbers, parents, made[0], args, kwargs)
         if isinstance(call.operation, ops.Sum | ops.Product):
             call = replace(call, parents=tuple(map(self._followed, numbers, mine)))
-        weighted = name in ops.WEIGHTED
         known = None
-        if weighted:
+        if name in ops.WEIGHTED:
             known = _of_weights(call, len(self.calls), parents[0], args, kwargs, made[0])
         for y in made:
             self._add(call, y, known, step)
@@ -158,16 +157,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         if known is None:
             parents = [self._outputs[parent] for parent in call.parents]
-            follows = not isinstance(call.operation, ops.Beyond)
-            moved = isinstance(call.operation, ops.Move | ops.Measured)
-            own = parents[0].note if moved else Note("itself", len(self.calls))
-            known = _Output(
-                follows and all(parent.measures for parent in parents),
-                frozenset[int]().union(*(parent.origins for parent in parents)),
-                parents[0].units if follows else None,
-                step or own,
-                _apart(call.operation, [parent.apart for parent in parents]),
-            )
+            known = _without_weights(call, len(self.calls), parents, step)
         self._number[output] = len(self.calls)
         self._outputs.append(known)
         self.calls.append(call)
@@ -227,8 +217,21 @@ def _independent(x: torch.Tensor, units: int) -> bool:
     return bool(abs(found - 1) < 4 * math.sqrt(2 / (width * (samples - 1))))
 
 
-def _apart(operation: ops.Operation, before: list[bool | None]) -> bool | None:
+def _without_weights(call: Call, number: int, parents: list[_Output], step: Note | None) -> _Output:
+    follows = not isinstance(call.operation, ops.Beyond)
+    moved = isinstance(call.operation, ops.Move | ops.Measured)
+    return _Output(
+        follows and all(parent.measures for parent in parents),
+        frozenset[int]().union(*(parent.origins for parent in parents)),
+        parents[0].units if follows else None,
+        step or (parents[0].note if moved else Note("itself", number)),
+        _apart(call.operation, parents),
+    )
+
+
+def _apart(operation: ops.Operation, parents: list[_Output]) -> bool | None:
     """Whether positions are independent behind an operation without weights."""
+    before = [parent.apart for parent in parents]
     pattern = isinstance(operation, ops.Affine) and operation.pattern
     if pattern or isinstance(operation, ops.Beyond) or False in before:
         return False

@@ -180,12 +180,16 @@ def _agreement(table: pd.DataFrame, theory: pd.DataFrame) -> Finding:
     last, worst = compared.iloc[-1], compared.sort_values("difference").iloc[-1]
     anew = f"; it starts anew behind {causes}" if causes else ""
     text = f"covers {len(compared)} of {len(table)} rows{anew}. At {last['name']!r} it expects "
-    text += f"v²/σ² = {last.expected:.2g}, measured {last.fraction:.2g}."
+    text += f"v²/σ² = {_told(last.expected)}, measured {_told(last.fraction)}."
     if worst.difference <= DEVIATION:
         return Finding("theory", text)
     if worst["name"] != last["name"]:
-        text += f" They differ most at {worst['name']!r}: expected {worst.expected:.2g}, "
-        text += f"measured {worst.fraction:.2g}."
+        text += f" They differ most at {worst['name']!r}: expected {_told(worst.expected)}, "
+        text += f"measured {_told(worst.fraction)}."
     reasons = "Theory knows wide layers, random weights and one correlation for all pairs of "
     reasons += "inputs and positions; narrow layers, trained or calibrated weights and structured "
     return Finding("theory", text, f"{reasons}data depart from it.")
+
+
+def _told(fraction: float) -> str:
+    return f"{fraction:.2g}" if abs(fraction) > 1e-9 else "0"  # rounding is no variance

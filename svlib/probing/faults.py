@@ -8,7 +8,6 @@ branch is added to) is none.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -214,15 +213,16 @@ def _collapse(graph: Graph) -> Iterator[Fault]:
     number = next((n for n in some if not set(graph.feeds(n)) & low), some[0])
     place, way = graph.places[number], graph.path(number)
     cause, share, advice, culprit = _cause(graph, way)
-    first = graph.places[way[0]]
-    text = f"v²/σ² is {max(place.fraction, 0):.2g} at {graph.words(number)}"
-    if place.spread >= COLLAPSED:
-        text = f"inputs point in nearly one direction at {graph.words(number)}: their mean cosine "
+    first, others = graph.places[way[0]], len(some) - 1
+    if place.spread < COLLAPSED:
+        text = f"v²/σ² is {max(place.spread, 0):.2g} at {place.words}"
+        if first is not place:
+            text += f", from {first.spread:.2g} at {first.name!r}"
+    else:
+        text = f"inputs point in nearly one direction at {place.words}: their mean cosine "
         text += f"is {1 - place.fraction:.3f}; with their lengths, v²/σ² is {place.spread:.2g}"
-    elif first is not place:
-        text += f", from {first.fraction:.2g} at {first.name!r}"
     text += f"; inputs look alike there (m/v = {place.ratio:.2g})"
-    text += f", as in {len(some) - 1} rows after it. " if len(some) > 1 else ". "
+    text += f", as in {others} row{'s' * (others > 1)} after it. " if others else ". "
     text += f"The cause is {cause}{f', for {share:.0%} of the fall' if share < 0.995 else ''}."
     yield Fault(0, culprit, Finding("collapse", text, advice))
 
@@ -245,6 +245,7 @@ RELU = "ReLU"
 _ADVICE = {
     RELU: "sv.init.sample_ removes the means, and so does BatchNorm; rescaling alone "
     "(sv.init.total_) does not undo the effect of ReLU.",
+    "average": "sv.init.sample_ removes the means.",
     "bias": "Start with biases of 0 and weights at He's rule.",
     "mean": "Subtract the mean of the inputs over the data before anything else.",
     "constant": "Compare the scale of the constant with that of the signal beside it; "
@@ -254,39 +255,46 @@ _ADVICE = {
 
 def _cause(graph: Graph, way: list[int]) -> tuple[str, float, str, int]:
     """What accounts for most of the fall of v^2/sigma^2 along a way: words, share, advice, call."""
-    falls: Counter[tuple[str, str]] = Counter()
-    where: dict[tuple[str, str], int] = {}
+    parts: dict[str, list[tuple[float, int, str]]] = {}
     before = 1.0
     for number in way:
         fraction = max(graph.places[number].fraction, 1e-9)
-        cause = _mechanism(graph, number)
-        falls[cause] += max(0.0, math.log(before / fraction))  # type: ignore[assignment]
-        where.setdefault(cause, number)
+        kind, words = _mechanism(graph, number)
+        parts.setdefault(kind, []).append((max(0.0, math.log(before / fraction)), number, words))
         before = min(before, fraction)
-    (kind, words), most = falls.most_common(1)[0]
-    share = most / (sum(falls.values()) or 1.0)
+    falls = {kind: sum(fall for fall, *_ in mine) for kind, mine in parts.items()}
+    kind = max(falls, key=falls.__getitem__)
+    share = falls[kind] / (sum(falls.values()) or 1.0)
+    words = max(parts[kind])[2]
+    words += " and others" if kind == "bias" and len(parts[kind]) > 1 else ""
     advice = _ADVICE.get(kind, "")
     if kind == RELU and (growth := along.gradient_growth(graph.calls)) > along.GRADIENTS:
-        advice = "Add skip connections whose branches are multiplied by 1/√L (L: their number), or "
-        advice += "use a leaky ReLU of slope 1 - 1/√L. sv.init.sample_ and BatchNorm would remove "
-        advice += f"the means, but squared gradients would grow some {growth:.0e} times."
-    return words, share, advice, where[kind, words]
+        advice = "Add skip connections whose branches are multiplied by 1/√L (L: their number). "
+        advice += "sv.init.sample_ and BatchNorm would remove the means, but squared gradients "
+        advice += f"would grow some {growth:.0e} times."
+    return words, share, advice, parts[kind][0][1]
 
 
 def _mechanism(graph: Graph, number: int) -> tuple[str, str]:
     """Why a row's fraction differs from that of the rows that feed it."""
     call, place = graph.calls[number], graph.places[number]
     between = graph.upstream(number)
-    op = call.operation
-    if isinstance(op, ops.Weights) and op.bias.square > 0.5 * max(place.m2, 1e-300):
+    op, feeds = call.operation, graph.feeds(number)
+    averaged = next((c.function for c in between if c.function in ops.MEANS), "")
+    bias = op.bias.square if isinstance(op, ops.Weights) else 0.0
+    largest = max((graph.places[feed].sigma2 for feed in feeds), default=0.0)
+    if bias > 0.5 * max(place.m2, 1e-300) and not (averaged and bias < largest):
         return "bias", f"the bias of {place.name!r}"
+    if averaged:
+        words = f"the average before {place.name!r} ({averaged}), which takes differences away and "
+        return "average", f"{words}leaves the means that units have"
     constant = _constant_beside(graph, number)
     if constant is not None:
         return "constant", constant
     given = [c.operation for c in between if isinstance(c.operation, ops.Input)]
     for one in given:
         m = one.measured
-        if not graph.feeds(number) and m is not None and m.m2 > 0.5 * m.sigma2:
+        if not feeds and m is not None and m.m2 > 0.5 * m.sigma2:
             return "mean", f"the mean of the input {one.name!r}"
     names = [c.function for c in between]
     if any(isinstance(c.operation, ops.Relu) or _rectifies(c) for c in between):
@@ -338,8 +346,9 @@ def _dead(graph: Graph, table: pd.DataFrame) -> Iterator[Fault]:
     if not many:
         return
     worst = max(many, key=many.__getitem__)
-    text = f"{many[worst]:.0%} of the units of {graph.words(worst)} are positive for no input, and "
-    text += f"the rectifier after them passes nothing ({len(many)} layers above {DEAD:.0%})."
+    words, more = graph.places[worst].words, f"{len(many)} layer{'s' * (len(many) > 1)}"
+    text = f"{many[worst]:.0%} of the units of {words} are positive for no input, and the "
+    text += f"rectifier after them passes nothing ({more} above {DEAD:.0%})."
     op = graph.calls[worst].operation
     advice = ""
     if along.gradient_growth(graph.calls) <= along.GRADIENTS:

@@ -23,6 +23,8 @@ _DIRECTIONS = 16  # units below which a mean cosine says little
 class Place:
     """A judged row: the number of its call, its name and line in the table, and its values.
 
+    ``words`` are the name and, where that is a number of its own, which row it is.
+
     ``scale`` is sigma^2 times the constants that multiply the output next. ``spread`` is
     v^2/sigma^2, ``fraction`` the smaller one of it and, where measured, of 1 minus the mean cosine.
     """
@@ -36,6 +38,7 @@ class Place:
     fraction: float
     scale: float
     ratio: float
+    words: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class Graph:
     """Judged rows by the number of their call."""
 
     def __init__(self, table: pd.DataFrame, calls: Sequence[Call]) -> None:
-        self.calls, self.rows = calls, len(table)
+        self.calls = calls
         self.children: list[list[int]] = [[] for _ in calls]
         for number, call in enumerate(calls):
             for parent in set(call.parents):
@@ -88,12 +91,6 @@ class Graph:
         """The judged calls that feed a call, the one of the largest sigma^2 first."""
         above = frozenset[int]().union(*(self._nearest[p] for p in self.calls[number].parents))
         return sorted(above, key=lambda n: -self.places[n].sigma2)
-
-    def words(self, number: int) -> str:
-        """The name of a row and, where that is a number of its own, which row it is."""
-        place = self.places[number]
-        which = f" (row {place.line + 1} of {self.rows})" if place.name.isdigit() else ""
-        return f"{place.name!r}{which}"
 
     def upstream(self, number: int, *, far: bool = False) -> list[Call]:
         """The calls that a call depends on, up to judged ones; with ``far``, beyond them too."""
@@ -189,6 +186,6 @@ def _place(graph: Graph, table: pd.DataFrame, line: int, number: int) -> Place:
             break
         scale *= operation.scale2 if isinstance(operation, ops.Affine) else 1.0
     name = str(row["name"])
-    return Place(
-        number, name, line, float(row.m2), sigma2, spread, fraction, scale, float(row.ratio)
-    )
+    words = repr(name) + (f" (row {line + 1} of {len(table)})" if name.isdigit() else "")
+    m2, ratio = float(row.m2), float(row.ratio)
+    return Place(number, name, line, m2, sigma2, spread, fraction, scale, ratio, words)
