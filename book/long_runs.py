@@ -342,10 +342,11 @@ def far_lines() -> list[tuple[str, ...]]:
     return lines
 
 
-def at_one_rate(moment: int) -> dict[str, float]:
-    """Losses about a moment on CIFAR-10, one seed: total init, slower, sample init.
+def at_one_rate(moment: int) -> pd.DataFrame:
+    """Losses about a moment on CIFAR-10 by seed: total init, slower, sample init.
 
-    Slower is total init at the rate of sample init.
+    Slower is total init at the rate of sample init. The columns ``own`` and ``same``
+    are the ratios of the two to sample init.
     """
     names = {
         "total": "length-cifar10-total",
@@ -356,9 +357,11 @@ def at_one_rate(moment: int) -> dict[str, float]:
     for key, name in names.items():
         path = claims.RESULTS / "overnight" / f"{name}.nc"
         record = xr.load_dataset(path, engine="scipy")
-        losses = record.loss.sel(seed=0)
-        found[key] = float(at(losses, moment).squeeze())
-    return found
+        found[key] = at(record.loss, moment).squeeze().to_pandas()
+    table = pd.DataFrame(found).dropna()
+    table["own"] = table.total / table["sample"]
+    table["same"] = table.slower / table["sample"]
+    return table
 
 
 def draw_during(panels: NDArray[Any]) -> None:
