@@ -34,7 +34,7 @@ book: $(INSTALLED)  ## build the site
 
 test: lint site  ## verify everything
 	$(PYTEST) -m "not lab"
-	$(PYTEST) --nbval book/
+	$(PYTEST) --dist loadfile --nbval book/
 
 lint: $(INSTALLED)  ## check style and types
 	ruff check .

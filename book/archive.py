@@ -62,6 +62,10 @@ def _printed(app: Any) -> Path:
     return Path(app.srcdir) / "_build" / "pdf" / f"{NAME}.pdf"
 
 
+def _look(app: Any, config: Any) -> None:
+    config.is_printed = _printed(app).exists()
+
+
 def _offer(
     app: Any,
     page: str,
@@ -72,7 +76,7 @@ def _offer(
     for menu in context.get("header_buttons", []):
         if (
             menu["label"] == "download-buttons"
-            and _printed(app).exists()
+            and app.config.is_printed
         ):
             button = {
                 "type": "link",
@@ -88,12 +92,15 @@ def _offer(
 def _finished(app: Any, exception: Exception | None) -> None:
     if exception is None and app.builder.name == "html":
         pack(Path(app.srcdir), Path(app.outdir) / f"{NAME}.zip")
-        if _printed(app).exists():
+        if app.config.is_printed:
             shutil.copy(_printed(app), app.outdir)
 
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
+    # "html": pages are made anew when it changes
+    app.add_config_value("is_printed", False, "html")
+    app.connect("config-inited", _look)
     app.connect("html-page-context", _offer, priority=900)
     app.connect("build-finished", _finished)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
