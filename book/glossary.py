@@ -31,20 +31,24 @@ def terms(doctree: Any) -> dict[str, tuple[str, str]]:
                 for name in term.astext().lower().split(", "):
                     if name not in AMBIGUOUS:
                         found[name] = term["ids"][0], definition
+                        short = re.sub(r" \(.*?\)", "", name)
+                        found[short] = found[name]
     return found
 
 
 def linked(
     text: str, known: dict[str, tuple[str, str]], page: str
 ) -> Iterator[nodes.Node]:
-    """The parts of a text; a term is taken out of ``known`` at its first use."""
+    """The parts of a text; at its first use a term is taken out of ``known``."""
     while known:
         names = "|".join(sorted(map(re.escape, known), key=len)[::-1])
         pattern = rf"(?<![\w-])({names})(?:s|es)?(?![\w-])"
         use = re.search(pattern, text, re.IGNORECASE)
         if use is None:
             break
-        anchor, definition = known.pop(use[1].lower())
+        anchor, definition = known[use[1].lower()]
+        for name in [x for x in known if known[x][0] == anchor]:
+            del known[name]  # its other names too
         yield nodes.Text(text[: use.start()])
         yield nodes.reference(
             "",
