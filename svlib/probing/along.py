@@ -16,7 +16,6 @@ u = 0.
   their scale and shift.
 - A sum of independent signals has (q + q', r + r'), a product (q q', r r'). Signals are independent
   if random weights lie between them and all that they have in common.
-
 - An average over k positions that are independent (no kernel overlaps another, and positions of the
   data vary as inputs do) has (r + (q - r)/k, r).
 

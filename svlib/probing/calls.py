@@ -200,8 +200,7 @@ def _of_weights(
     follows = not isinstance(call.operation, ops.Beyond)
     apart = parent.apart
     if apart is None:
-        x = ops.argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
-        apart = _independent(x, units)
+        apart = _independent(ops.signal_of(name, args, kwargs), units)
     apart = follows and apart and ops.keeps_apart(name, args, kwargs)
     known = y.shape[units]
     return _Output(follows, frozenset({origin}), known, Note("itself", number), apart)
@@ -256,7 +255,7 @@ def _read(
             kind = "add" if name in ops.SUMS else "mul"
             return ops.Beyond(f"{kind} of dependent signals")
         return ops.Sum() if name in ops.SUMS else ops.Product()
-    x = ops.argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
+    x = ops.signal_of(name, args, kwargs)
     if name in ops.WEIGHTED | {"layer_norm", "rms_norm"}:
         if len(mine) > 1 or mine[0] is not x:
             return ops.Beyond(f"{name} with weights from the input")

@@ -205,8 +205,7 @@ def _branches(graph: Graph) -> Iterator[Fault]:
 
 def _collapse(graph: Graph) -> Iterator[Fault]:
     """The first row that has collapsed while no row that feeds it has."""
-    low = {n for n, p in graph.places.items() if graph.varies[n] and 0 <= p.fraction < COLLAPSED}
-    low |= {n for n, p in graph.places.items() if graph.varies[n] and p.fraction < 0}
+    low = {n for n, p in graph.places.items() if graph.varies[n] and p.fraction < COLLAPSED}
     some = [n for n in sorted(low) if graph.places[n].sigma2 > 0 and _stays(graph, n)]
     if not some:
         return
@@ -255,24 +254,26 @@ _ADVICE = {
 
 def _cause(graph: Graph, way: list[int]) -> tuple[str, float, str, int]:
     """What accounts for most of the fall of v^2/sigma^2 along a way: words, share, advice, call."""
-    parts: dict[str, list[tuple[float, int, str]]] = {}
+    # biases of all rows are one cause; of each other kind, what has one name is
+    parts: dict[tuple[str, str], list[tuple[float, int, str]]] = {}
     before = 1.0
     for number in way:
         fraction = max(graph.places[number].fraction, 1e-9)
         kind, words = _mechanism(graph, number)
-        parts.setdefault(kind, []).append((max(0.0, math.log(before / fraction)), number, words))
+        mine = parts.setdefault((kind, "" if kind == "bias" else words), [])
+        mine.append((max(0.0, math.log(before / fraction)), number, words))
         before = min(before, fraction)
-    falls = {kind: sum(fall for fall, *_ in mine) for kind, mine in parts.items()}
-    kind = max(falls, key=falls.__getitem__)
-    share = falls[kind] / (sum(falls.values()) or 1.0)
-    words = max(parts[kind])[2]
-    words += " and others" if kind == "bias" and len(parts[kind]) > 1 else ""
+    falls = {key: sum(fall for fall, *_ in mine) for key, mine in parts.items()}
+    key = max(falls, key=falls.__getitem__)
+    kind, share = key[0], falls[key] / (sum(falls.values()) or 1.0)
+    words = max(parts[key])[2]
+    words += " and others" if kind == "bias" and len(parts[key]) > 1 else ""
     advice = _ADVICE.get(kind, "")
     if kind == RELU and (growth := along.gradient_growth(graph.calls)) > along.GRADIENTS:
         advice = "Add skip connections whose branches are multiplied by 1/√L (L: their number). "
         advice += "sv.init.sample_ and BatchNorm would remove the means, but squared gradients "
         advice += f"would grow some {growth:.0e} times."
-    return words, share, advice, parts[kind][0][1]
+    return words, share, advice, parts[key][0][1]
 
 
 def _mechanism(graph: Graph, number: int) -> tuple[str, str]:

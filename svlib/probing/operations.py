@@ -175,6 +175,10 @@ def argument_of(args: Any, kwargs: Any, position: int, keyword: str, default: An
     return args[position] if len(args) > position else kwargs.get(keyword, default)
 
 
+def signal_of(name: str, args: Any, kwargs: Any) -> Any:
+    return argument_of(args, kwargs, *((1, "mat1") if name == "addmm" else (0, "input")))
+
+
 def weight_of(name: str, args: Any, kwargs: Any) -> torch.Tensor:
     place = (2, "mat2") if name == "addmm" else (1, "weight")
     weight: torch.Tensor = argument_of(args, kwargs, *place)
