@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -19,22 +18,48 @@ def stream(
     Torch's generator on the CPU keeps 32 bits of its seed: of 10,000 streams two are equal with a
     probability of 1 %.
     """
-    entropy = [_check.integer("seed", seed, 0), zlib.crc32(purpose.encode()), index]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    state = _sequence(seed, purpose, index).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
-def fill_normal(out: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Fill ``out`` (generators, ...) with standard normal numbers, each slot by its generator."""
+def _sequence(seed: int, purpose: str, *index: int) -> np.random.SeedSequence:
+    entropy = [_check.integer("seed", seed, 0), zlib.crc32(purpose.encode()), *index]
+    return np.random.SeedSequence(entropy)
 
-    def fill(part: slice) -> None:
-        for slot, generator in zip(out[part], generators[part], strict=True):
+
+class Normals:
+    """Streams of standard normal numbers, one for each index of (seed, purpose).
+
+    On the CPU the numbers are functions of seed, purpose, index and place (``svlib._kernels``): no
+    stream has to be set up, and none can equal another. Elsewhere they are torch's.
+    """
+
+    def __init__(self, seed: int, purpose: str, indices: range, device: torch.device | str) -> None:
+        self.indices, self._place, self._generators = indices, 0, list[torch.Generator]()
+        if torch.device(device).type == "cpu":
+            self._key = tuple(_sequence(seed, purpose).generate_state(4))
+        else:
+            self._generators = [stream(seed, purpose, index, device) for index in indices]
+
+    def fill(self, out: torch.Tensor) -> torch.Tensor:
+        """Fill ``out`` (indices, ...), contiguous, each slot with the next of its stream."""
+        for slot, generator in zip(out, self._generators, strict=False):
             slot.normal_(generator=generator)
+        if not self._generators:
+            self._compiled(out.view(len(out), -1).numpy())
+        return out
 
-    threads = torch.get_num_threads() if out.device.type == "cpu" and out.numel() > 2**18 else 1
-    if threads == 1:
-        fill(slice(None))
-    else:  # torch itself fills a tensor with one thread only
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, [slice(first, None, threads) for first in range(threads)]))
-    return out
+    def _compiled(self, out: np.ndarray) -> None:
+        from svlib import _kernels  # takes half a second to import, and seconds where it is new
+
+        count = out.shape[1]
+        padded = out if count % 4 == 0 else np.empty((len(out), count + -count % 4), out.dtype)
+        single = out.dtype == np.float32
+        used = padded.shape[1] // (4 if single else 2)
+        if self._place % 2**32 + used > 2**32:  # the counter's lower word must not overflow
+            self._place += -self._place % 2**32
+        fill = _kernels.fill_single if single else _kernels.fill_double
+        fill(padded, self._key, self.indices.start, self._place)
+        self._place += used
+        if padded is not out:
+            out[:] = padded[:, :count]

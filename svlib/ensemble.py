@@ -17,7 +17,7 @@ from typing import Any, Required, TypedDict
 import torch
 
 from svlib import _check, gram, layers
-from svlib._random import fill_normal, stream
+from svlib._random import Normals
 
 METHODS = ("auto", "gram", "weights")
 
@@ -187,15 +187,15 @@ def propagate(
     The preactivations are y, of mean square 1, (networks, samples, width), multiplied by
     exp(log_scale), (networks,). The next step overwrites y.
     """
-    generators = [stream(ensemble.seed, "network", k, ensemble.device) for k in networks]
+    normals = Normals(ensemble.seed, "network", networks, ensemble.device)
     size = (len(networks), ensemble.samples, ensemble.width)
     y = torch.empty(size, device=ensemble.device, dtype=ensemble.dtype)
     method = "orthogonal" if ensemble.weights == "orthogonal" else ensemble.method
-    linear = gram.Linear(method, generators, ensemble.width, like=y)
+    linear = gram.Linear(method, normals, like=y)
     bias = y.new_empty(len(networks), 1, ensemble.width)
     log_scale = y.new_zeros(len(networks), dtype=torch.float64)
     if ensemble.inputs is None:
-        fill_normal(y, generators)
+        normals.fill(y)
     else:
         peak = ensemble.inputs.abs().max()
         within = ensemble.inputs.expand(len(networks), -1, -1) / torch.where(peak > 0, peak, 1)
@@ -209,7 +209,7 @@ def propagate(
             variance = ensemble.weight_variance or 0.0
             branch = linear(a, variance, out=y if plain else torch.empty_like(y))
             if ensemble.bias_variance > 0:
-                fill_normal(bias, generators)
+                normals.fill(bias)
                 branch += math.sqrt(ensemble.bias_variance) * bias
             y = branch if plain else y + math.sqrt(ensemble.residual or 0) * branch
         # squares may overflow where the scale stays in; a float64 norm costs a copy

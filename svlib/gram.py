@@ -11,27 +11,26 @@ error is no more than that of rounding A, whatever the rank.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 
-from svlib._random import fill_normal
+from svlib._random import Normals
 
 
 def pays(width: int, samples: int) -> bool:
     """Whether the gram method is the cheaper one, as measured on two cores (``benchmarks``)."""
-    return samples * (2 + samples / 23) < width * (2 + samples / 100)
+    return width > 80 + 1.5 * samples
 
 
 class Linear:
     """A random layer without biases, by either method, or with "orthogonal" weights; keeps its
     memory from call to call."""
 
-    def __init__(
-        self, method: str, generators: list[torch.Generator], width: int, like: torch.Tensor
-    ) -> None:
-        self.method, self.generators = method, generators
-        self.noise = like.new_empty(len(generators), 0, width)
+    def __init__(self, method: str, normals: Normals, like: torch.Tensor) -> None:
+        self.method, self.normals = method, normals
+        self.noise = like.new_empty(len(like), 0, like.shape[2])
 
     def __call__(self, a: torch.Tensor, variance: float, out: torch.Tensor) -> torch.Tensor:
         """Write preactivations for ``a`` into ``out`` (networks, samples, width).
@@ -45,15 +44,21 @@ class Linear:
         factors = (factor(a) if self.method == "gram" else a) * scale
         if self.noise.shape[1] != factors.shape[2]:
             self.noise = out.new_empty(len(out), factors.shape[2], out.shape[2])
-        fill_normal(self.noise, self.generators)
+        self.normals.fill(self.noise)
         if self.method == "orthogonal":
             return torch.bmm(factors, _orthogonal(self.noise), out=out)
         if self.method == "weights":
             return torch.bmm(factors, self.noise, out=out)
-        half = out.shape[1] // 2  # the factor is 0 above its diagonal
-        torch.bmm(factors[:, :half, :half], self.noise[:, :half], out=out[:, :half])
-        torch.bmm(factors[:, half:], self.noise, out=out[:, half:])
+        for rows, before in _row_blocks(out.shape[1]):  # the factor is 0 above its diagonal
+            torch.bmm(factors[:, rows, before], self.noise[:, before], out=out[:, rows])
         return out
+
+
+def _row_blocks(samples: int) -> list[tuple[slice, slice]]:
+    """Blocks of rows of a triangle, each with the columns up to its last row."""
+    count = max(1, round(samples / 64))  # as measured
+    ends = [samples * k // count for k in range(count + 1)]
+    return [(slice(a, b), slice(0, b)) for a, b in itertools.pairwise(ends)]
 
 
 def _orthogonal(noise: torch.Tensor) -> torch.Tensor:
@@ -89,10 +94,9 @@ def factor(a: torch.Tensor) -> torch.Tensor:
     samples, features = a.shape[1:]
     if features <= samples:  # the product has no inverse
         return _triangular(a)
-    half = samples // 2  # only the lower triangle is needed: three of four blocks
     product = torch.zeros(len(a), samples, samples, device=a.device, dtype=a.dtype)
-    product[:, :half, :half] = torch.bmm(a[:, :half], a[:, :half].mT)
-    product[:, half:] = torch.bmm(a[:, half:], a.mT)
+    for rows, before in _row_blocks(samples):  # only the lower triangle is needed
+        product[:, rows, before] = torch.bmm(a[:, rows], a[:, before].mT)
     lower: torch.Tensor
     lower, failed = torch.linalg.cholesky_ex(product)
     # the share of an input's square that is left when those before it are known

@@ -367,14 +367,29 @@ def split_along_ray(y: Any) -> RaySplit:
 
 def _split_along_ray(y: torch.Tensor) -> RaySplit:
     samples, units = y.shape[-2:]
+    squares = _split_on_processor if y.device.type == "cpu" else _split_elsewhere
+    mean, radial, angular = squares(y)
+    radial, angular = radial / (units * (samples - 1)), angular / (units * (samples - 1))
+    return RaySplit(mean / units - (radial + angular) / samples, angular, radial)
+
+
+def _split_on_processor(y: torch.Tensor) -> tuple[Array, Array, Array]:
+    from svlib import _kernels  # takes half a second to import
+
+    split = np.empty((*y.shape[:-2], 3))
+    networks = y.detach().reshape(-1, *y.shape[-2:]).contiguous().numpy()
+    _kernels.split_along_ray(networks, split.reshape(-1, 3))
+    return split[..., 0], split[..., 1], split[..., 2]
+
+
+def _split_elsewhere(y: torch.Tensor) -> tuple[Array, Array, Array]:
     mean = y.mean(-2, keepdim=True)
     length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
     ray = torch.where(length > 0, mean / length, 0)
     centred = y - mean
     along = centred @ ray.mT
     across = torch.linalg.vector_norm(centred.addcmul_(along, ray, value=-1), dim=-1, keepdim=True)
-    radial, angular = (
-        x.double().square().sum((-2, -1)) / (units * (samples - 1)) for x in (along, across)
+    mean2, radial, angular = (
+        x.double().square().sum((-2, -1)).cpu().numpy() for x in (length, along, across)
     )
-    m2 = length[..., 0, 0].double().square() / units - (radial + angular) / samples
-    return RaySplit(*(x.cpu().numpy() for x in (m2, angular, radial)))
+    return mean2, radial, angular

@@ -15,7 +15,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,10 @@ from tqdm import tqdm
 
 from svlib import _check, _threads
 from svlib._files import provenance
-from svlib._random import fill_normal, stream
+from svlib._random import Normals
 
 ACTIVATIONS = ("relu", "leaky_relu", "linear")
 _NETWORKS_AT_A_TIME = 512
-# of one network; the layers drawn together may depend on nothing but the width
-_NUMBERS_AT_A_TIME = 2**13
 
 
 def simulate_angles(
@@ -76,8 +73,8 @@ def simulate_angles(
     kind = 1.0 if activation == "linear" else slope
 
     def start(block: range) -> _Pair:
-        generators = [stream(seed, "pair", network, found) for network in block]
-        return _Pair(width, angle, generators, kind, dtype)
+        numbers = torch.empty(len(block), 2, width, device=found, dtype=dtype)
+        return _Pair(Normals(seed, "pair", block, found), numbers, angle, kind)
 
     _fill(results, start, found, progress)
     made = {"width": width, "depth": depth, "networks": networks, "seed": seed, "angle": angle}
@@ -123,22 +120,15 @@ def _fill(
 class _Pair:
     """Length ratio and angle of two activations in a block of networks; float64, (networks, 1)."""
 
-    def __init__(
-        self, width: int, angle: float, generators: list[torch.Generator], slope: float, dtype: Any
-    ) -> None:
-        self.generators, self.slope = generators, slope
-        size = len(generators), max(1, _NUMBERS_AT_A_TIME // (2 * width)), 2, width
-        self.numbers = torch.empty(size, device=generators[0].device, dtype=dtype)
-        self.unused: list[torch.Tensor] = []
-        start = self.numbers.new_zeros(len(generators), 1, dtype=torch.float64)
+    def __init__(self, normals: Normals, numbers: torch.Tensor, angle: float, slope: float) -> None:
+        self.normals, self.numbers, self.slope = normals, numbers, slope
+        start = numbers.new_zeros(len(numbers), 1, dtype=torch.float64)
         self.cosine = start + math.cos(angle)
         self.log_sine = start + math.log(math.sin(angle))
         self.log_ratio = start
 
     def advance(self) -> None:
-        if not self.unused:
-            self.unused = list(fill_normal(self.numbers, self.generators).unbind(1))[::-1]
-        g1, g2 = self.unused.pop().unbind(1)  # each (networks, width)
+        g1, g2 = self.normals.fill(self.numbers).unbind(1)  # each (networks, width)
         # (phi(c g1 + s g2) - c phi(g1)) / s without cancellation: for ReLU, with t = -c / s, it is
         # max(g2, t g1) - t min(g1, 0)
         turn = (

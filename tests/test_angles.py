@@ -9,7 +9,7 @@ from scipy.special import digamma, polygamma
 from scipy.stats import binom, ks_2samp
 
 import svlib as sv
-from svlib._random import stream
+from svlib._random import Normals
 from svlib.pairs import simulate_angles
 
 
@@ -20,11 +20,10 @@ def test_equals_plain_arithmetic(slope: float, angle: float) -> None:
     options = {"activation": "leaky_relu", "negative_slope": slope} if slope else {}
     record = simulate_angles(20, 5, angle=angle, networks=4, seed=3, dtype=torch.float64, **options)  # type: ignore[arg-type]
     for network in range(4):
-        drawn = torch.empty(2**13 // 40, 2, 20, dtype=torch.float64)
-        drawn.normal_(generator=stream(3, "pair", network))
+        normals = Normals(3, "pair", range(network, network + 1), "cpu")
         cosine, ratio = math.cos(angle), 1.0
         for layer in range(1, 6):
-            g1, g2 = drawn[layer - 1].numpy()
+            g1, g2 = normals.fill(torch.empty(1, 2, 20, dtype=torch.float64))[0].numpy()
             z = np.stack([g1, cosine * g1 + math.sqrt(1 - cosine**2) * g2])
             first, second = np.where(z > 0, z, slope * z)
             cosine = first @ second / math.sqrt((first @ first) * (second @ second))

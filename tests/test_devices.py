@@ -16,13 +16,18 @@ from svlib.moments import _along_last, _split_along_ray
 META = torch.device("meta")
 
 
+class Placed:
+    """Normal numbers of a device without generators."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def fill(self, out: torch.Tensor) -> torch.Tensor:
+        return out.normal_()
+
+
 @pytest.fixture(autouse=True)
 def _no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (ensembles, pairs):
-        monkeypatch.setattr(room, "stream", lambda *_: None)
-    monkeypatch.setattr(gram, "fill_normal", lambda out, _: out.normal_())
-    monkeypatch.setattr(ensembles, "fill_normal", lambda out, _: out.normal_())
-    monkeypatch.setattr(pairs, "fill_normal", lambda out, _: out.normal_())
+    monkeypatch.setattr(ensembles, "Normals", Placed)
 
 
 def propagated(depth: int = 3, **options: Any) -> list[Any]:
@@ -63,7 +68,7 @@ def test_statistics_and_factors_stay_there(monkeypatch: pytest.MonkeyPatch) -> N
     means, squares, largest = _along_last(y)
     assert means.device.type == squares.device.type == largest.device.type == "meta"
     assert gram._triangular(y).device.type == "meta"
-    linear = gram.Linear("gram", [None] * 4, 12, like=y)  # type: ignore[list-item]
+    linear = gram.Linear("gram", Placed(), like=y)  # type: ignore[arg-type]
     monkeypatch.setattr(gram, "factor", lambda a: torch.zeros(4, 5, 5, device=a.device))
     assert linear(y, 2.0, torch.empty_like(y)).device.type == "meta"
 
@@ -83,14 +88,6 @@ def test_the_split_along_the_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pairs_stay_on_their_device() -> None:
-    class Placed(pairs._Pair):
-        def __init__(self) -> None:
-            self.generators, self.slope = [None] * 4, 0.0  # type: ignore[list-item]
-            self.numbers = torch.empty(4, 2, 2, 12, device=META)
-            self.unused = []
-            start = self.numbers.new_zeros(4, 1, dtype=torch.float64)
-            self.cosine, self.log_sine, self.log_ratio = start + 0.5, start - 1.0, start
-
-    pair = Placed()
+    pair = pairs._Pair(Placed(), torch.empty(4, 2, 12, device=META), 0.5, 0.0)  # type: ignore[arg-type]
     pair.advance()
     assert pair.cosine.device.type == pair.log_ratio.device.type == "meta"

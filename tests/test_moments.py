@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svlib import Moments, decompose
-from svlib.moments import _along_last, split_along_ray
+from svlib.moments import _along_last, _split_elsewhere, _split_on_processor, split_along_ray
 
 GENERATOR = np.random.default_rng(0)
 
@@ -197,6 +197,22 @@ def test_split_keeps_small_angles() -> None:
     found = split_along_ray(lengths * ray + 1e-9 * np.array([[1.0], [-1.0], [1.0], [-1.0]]) * side)
     assert found.angular == pytest.approx(4e-18 / 9, rel=1e-3)
     assert found.radial == pytest.approx(25 * lengths.var(ddof=1) / 3)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("side", [1.0, 1e-3, 0.0])
+def test_split_is_one_on_every_device(dtype: torch.dtype, rounding: float, side: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ray, noise = (
+        torch.randn(3, 1, 500, generator=generator),
+        torch.randn(3, 40, 500, generator=generator),
+    )
+    y = ((1 + torch.rand(3, 40, 1, generator=generator)) * ray + side * noise).to(dtype)
+    for part, other in zip(_split_on_processor(y), _split_elsewhere(y), strict=True):
+        np.testing.assert_allclose(part, other, rtol=rounding / max(side, 1e-3), atol=1e-8)
+    kept = _split_on_processor(y[0])[0]
+    assert kept.shape == ()
+    assert kept == _split_on_processor(y)[0][0]
 
 
 def test_split_without_a_mean() -> None:
