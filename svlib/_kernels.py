@@ -1,4 +1,4 @@
-"""Compiled loops for the processor: standard normal numbers, and the split along a ray.
+"""Compiled loops for the processor: standard normal numbers, and sums over preactivations.
 
 The numbers are words of a counter-based generator, made normal by pairs. Threefry4x32 with 13
 rounds (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") is a function of a
@@ -150,7 +150,38 @@ def fill_double(out, key, first, start):
             row[i], row[i + part] = _pair_double(p, q)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+# sums in any order, as vector registers need
+_summing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+
+
+# entries that are not numbers make sums that are not, which is where they are noticed
+@numba.njit(error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
+def _largest(row):
+    found = row[0]
+    for j in range(len(row)):
+        found = row[j] if row[j] > found else found
+    return found
+
+
+@_summing
+def along_last(y, found):
+    """Write into ``found`` (3, rows) for every row of ``y`` (rows, entries) the mean, the sum of
+    squares about it, and the largest entry."""
+    for k in range(len(y)):
+        # so that digits survive where the mean is large
+        shift, total, square = np.float64(y[k, 0]), 0.0, 0.0
+        for j in range(y.shape[1]):
+            z = y[k, j] - shift
+            total += z
+            square += z * z
+        mean = total / y.shape[1]
+        found[0, k], found[2, k] = shift + mean, _largest(y[k])
+        # the shift is one of the entries, so the square subtracted is at most as many times what
+        # is left as there are entries
+        found[1, k] = max(square - total * mean, 0.0)
+
+
+@_summing
 def split_along_ray(y, split):
     """Write into ``split`` (networks, 3) for every network of ``y`` (networks, inputs, units) the
     squared length of the mean over inputs, and the sums of squares along its direction and across

@@ -19,8 +19,7 @@ from svlib import _check
 
 Array = NDArray[np.float64]
 
-# Entries at a time: what a processor's cache holds (several times faster than whole tensors); on
-# CUDA 64 or 128 MB
+# Entries at a time: what a processor's cache holds; on CUDA 64 or 128 MB
 _ENTRIES = {False: 2**18, True: 2**24}
 
 
@@ -224,6 +223,20 @@ class Moments:
 
 def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, sum of squares about it, and largest entry, along the last dimension, in float64."""
+    compiled = y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
+    return _last_on_processor(y) if compiled else _last_elsewhere(y)
+
+
+def _last_on_processor(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from svlib import _kernels  # takes half a second to import
+
+    found = torch.empty(3, *y.shape[:-1], dtype=torch.float64)
+    rows = y.detach().reshape(-1, y.shape[-1]).contiguous()
+    _kernels.along_last(rows.numpy(), found.view(3, -1).numpy())
+    return found[0], found[1], found[2]
+
+
+def _last_elsewhere(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # a shift of the size of the mean, so that digits survive where the mean is large
     shift = y[..., :1].to(torch.float64)
     sums, squares = (torch.empty_like(shift[..., 0]) for _ in range(2))

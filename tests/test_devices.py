@@ -11,7 +11,7 @@ import torch
 
 from svlib import ensemble as ensembles
 from svlib import gram, layers, pairs
-from svlib.moments import _along_last, _split_along_ray
+from svlib.moments import _last_elsewhere, _split_along_ray
 
 META = torch.device("meta")
 
@@ -65,7 +65,7 @@ def test_a_tensor_made_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_statistics_and_factors_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.randn(4, 5, 12, device=META)
-    means, squares, largest = _along_last(y)
+    means, squares, largest = _last_elsewhere(y)
     assert means.device.type == squares.device.type == largest.device.type == "meta"
     assert gram._triangular(y).device.type == "meta"
     linear = gram.Linear("gram", Placed(), like=y)  # type: ignore[arg-type]

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svlib import Moments, decompose
-from svlib.moments import _along_last, _split_elsewhere, _split_on_processor, split_along_ray
+from svlib.moments import (
+    _along_last,
+    _last_elsewhere,
+    _last_on_processor,
+    _split_elsewhere,
+    _split_on_processor,
+    split_along_ray,
+)
 
 GENERATOR = np.random.default_rng(0)
 
@@ -93,6 +100,7 @@ def test_keeps_accuracy_beside_a_large_mean() -> None:
 def test_blocks_give_the_same_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.from_numpy(GENERATOR.normal(3.0, 1.0, (7, 5, 6, 4)))
     whole = decompose(y, 0, 1, (2, 3))
+    monkeypatch.setattr("svlib.moments._last_on_processor", _last_elsewhere)
     monkeypatch.setattr("svlib.moments._ENTRIES", {False: 50, True: 50})
     for layout in (y, y.contiguous(memory_format=torch.channels_last)):
         found = decompose(layout, 0, 1, (2, 3))
@@ -118,6 +126,7 @@ def test_sums_of_squares_that_underflow_are_not_negative() -> None:
     assert (y.sum(-1) ** 2 > 0).all()  # the squares underflow, that of the sum does not
     for layout in (y, y.mT.contiguous().mT):
         assert (_along_last(layout)[1] == 0).all()
+        assert (_last_elsewhere(layout)[1] == 0).all()
     found = decompose(y[0].T)
     assert (found.variance == 0).all()
     assert found.v == 0
@@ -197,6 +206,16 @@ def test_split_keeps_small_angles() -> None:
     found = split_along_ray(lengths * ray + 1e-9 * np.array([[1.0], [-1.0], [1.0], [-1.0]]) * side)
     assert found.angular == pytest.approx(4e-18 / 9, rel=1e-3)
     assert found.radial == pytest.approx(25 * lengths.var(ddof=1) / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 4, 1000), (2, 3, 5, 7), (1, 6, 1)])
+def test_sums_are_one_on_every_device(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    y = (1e3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for layout in (y, y.transpose(0, 1)):
+        for found, other in zip(_last_on_processor(layout), _last_elsewhere(layout), strict=True):
+            np.testing.assert_allclose(found, other, rtol=1e-10, atol=1e-6)
+        assert torch.equal(_last_on_processor(layout)[2], layout.amax(-1).double())
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])

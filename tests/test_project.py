@@ -28,7 +28,13 @@ import claims  # noqa: E402
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 
 PACKAGE = ROOT / "svlib"
-GROUND = {"_check", "_files", "_kernels", "_random", "_threads"}  # every room but theory's may import them
+GROUND = {
+    "_check",
+    "_files",
+    "_kernels",
+    "_random",
+    "_threads",
+}  # every room but theory's may import them
 ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUTING describe
     "_check": "",
     "_kernels": "",

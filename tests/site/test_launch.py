@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -13,7 +15,13 @@ def test_launch_buttons_appear_with_a_repository(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
     for folder in ("book", "_static"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    shutil.copy(ROOT / "_toc.yml", tmp_path)
+    kept = ("index", "01-two-variances", "notation")  # the glossary links to the last
+    for path in (tmp_path / "book").iterdir():
+        if path.suffix in (".ipynb", ".md") and path.stem not in kept:
+            path.unlink()
+    chapters = [{"file": f"book/{name}"} for name in kept[1:]]
+    toc = {"format": "jb-book", "root": f"book/{kept[0]}", "chapters": chapters}
+    (tmp_path / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
     config = (ROOT / "_config.yml").read_text(encoding="utf-8")
     assert "launch" not in re.sub(r"^#.*$", "", config, flags=re.MULTILINE)
     config, uncommented = re.subn(
