@@ -383,7 +383,10 @@ def _split_along_ray(y: torch.Tensor) -> RaySplit:
     squares = _split_on_processor if y.device.type == "cpu" else _split_elsewhere
     mean, radial, angular = squares(y)
     radial, angular = radial / (units * (samples - 1)), angular / (units * (samples - 1))
-    return RaySplit(mean / units - (radial + angular) / samples, angular, radial)
+    m2 = mean / units - (radial + angular) / samples
+    # where it is 0, as with all inputs dead but one, rounding must not make v2/m2 a huge number
+    resolved = np.abs(m2) > 16 * torch.finfo(y.dtype).eps * mean / units
+    return RaySplit(np.where(resolved, m2, 0), angular, radial)
 
 
 def _split_on_processor(y: torch.Tensor) -> tuple[Array, Array, Array]:

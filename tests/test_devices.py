@@ -11,7 +11,7 @@ import torch
 
 from svlib import ensemble as ensembles
 from svlib import gram, layers, pairs
-from svlib.moments import _last_elsewhere, _split_along_ray
+from svlib.moments import _last_elsewhere, _split_elsewhere
 
 META = torch.device("meta")
 
@@ -82,9 +82,9 @@ def test_the_split_along_the_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda self: self)
-    split = _split_along_ray(torch.randn(4, 5, 12, device=META))
+    squares = _split_elsewhere(torch.randn(4, 5, 12, device=META))
     assert moved == ["meta"] * 3
-    assert split.m2.shape == (4,)
+    assert [x.shape for x in squares] == [(4,)] * 3
 
 
 def test_pairs_stay_on_their_device() -> None:

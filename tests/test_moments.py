@@ -243,6 +243,18 @@ def test_split_without_a_mean() -> None:
             split_along_ray(bad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_input_alone_has_no_mean(dtype: torch.dtype) -> None:
+    """Of two different inputs one is 0 always; rounding must not count as a mean."""
+    y = torch.zeros(50, 32, 16, dtype=dtype)
+    y[:, 3] = torch.randn(50, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    found = split_along_ray(y)
+    assert (found.m2 == 0).all()
+    assert (found.v2 > 0).all()
+    y[:, 4] = 1e-3 * y[:, 3]  # their product is a mean
+    assert (split_along_ray(y).m2 > 0).all()
+
+
 def test_split_at_the_ends_of_float32() -> None:
     y = np.array([[1, 2], [3, 7]], dtype=np.float32)
     for scale in (1e-25, 1e25):
