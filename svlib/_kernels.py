@@ -4,8 +4,8 @@ The numbers are words of a counter-based generator, made normal by pairs. Threef
 rounds (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") is a function of a
 counter and a key, so that a stream needs no state and no set-up. Box and Muller (1958) make two
 normal numbers of two words: up to 6.6 in float32, 8.6 in float64. All of it is written for vector
-registers: no branch, no library call, every function inlined. Numba compiles in seconds what is
-called for the first time, and keeps it on disk.
+registers: no branch, no library call, every function inlined. Numba compiles what is called for the
+first time, in some seconds, and keeps it on disk.
 """
 
 import math

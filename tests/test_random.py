@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from svlib import _kernels
-from svlib._random import Normals
+from svlib._random import Normals, stream
 
 PI = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0, 0x082EFA98]
 PI.append(0xEC4E6C89)
@@ -113,3 +113,12 @@ def test_the_counter_goes_on_beyond_32_bits() -> None:
     beyond = normals.fill(torch.empty(1, 64))
     assert normals._place == 2**32 + 16
     assert not np.isin(beyond, start).any()
+
+
+def test_on_other_devices_numbers_are_torch_s() -> None:
+    normals = Normals(3, "test", range(2), "cpu")
+    normals._generators = [stream(3, "test", index) for index in range(2)]
+    drawn = normals.fill(torch.empty(2, 5, 4))
+    for index in range(2):
+        expected = torch.empty(5, 4).normal_(generator=stream(3, "test", index))
+        assert torch.equal(drawn[index], expected)
