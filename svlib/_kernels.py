@@ -8,13 +8,31 @@ registers: no branch, no library call, every function inlined. Numba compiles wh
 first time, in some seconds, and keeps it on disk.
 """
 
+import functools
 import math
 
 import numba
 import numpy as np
 
 _inlined = numba.njit(inline="always", error_model="numpy", fastmath={"contract"})
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+
+def _kept(*fastmath):
+    """A decorator: compiled once for all processes, if there is a folder to keep it in.
+
+    Of one dtype each, because processes that keep two at a time may mix them up.
+    """
+    compiled = functools.partial(
+        numba.njit, nogil=True, error_model="numpy", fastmath=set(fastmath)
+    )
+
+    def decorated(function):
+        try:
+            return compiled(cache=True)(function)
+        except RuntimeError:
+            return compiled()(function)
+
+    return decorated
 
 
 @_inlined
@@ -65,10 +83,9 @@ def threefry(a, b, c, d, key):
 
 def _series(number, terms):
     """ln 2, and the coefficients in x^2 of ln((1 + x)/(1 - x))/x, sin(x)/x and cos(x)."""
-    k = range(terms)
-    logarithm = [2 / (2 * k + 1) for k in k]
-    sine = [(-1) ** k / math.factorial(2 * k + 1) for k in k]
-    cosine = [(-1) ** k / math.factorial(2 * k) for k in k]
+    logarithm = [2 / (2 * k + 1) for k in range(terms)]
+    sine = [(-1) ** k / math.factorial(2 * k + 1) for k in range(terms)]
+    cosine = [(-1) ** k / math.factorial(2 * k) for k in range(terms)]
     return number(math.log(2)), *(tuple(map(number, x)) for x in (logarithm, sine, cosine))
 
 
@@ -120,7 +137,7 @@ def _pair_double(p, q):
     return _pair(np.float64(above >> np.int64(52)), mantissa, angle, np.int64(q), _DOUBLE)
 
 
-@_compiled
+@_kept("contract")
 def fill_single(out, key, first, start):
     """Fill ``out`` (streams, a multiple of 4), float32, with numbers of the counters from ``start``
     on, each row those of its stream: ``first``, first + 1, ..."""
@@ -135,7 +152,7 @@ def fill_single(out, key, first, start):
             row[i + 2 * part], row[i + 3 * part] = _pair_single(words[2], words[3])
 
 
-@_compiled
+@_kept("contract")
 def fill_double(out, key, first, start):
     """The same in float64, with two numbers for every counter."""
     part = out.shape[1] // 2
@@ -151,7 +168,7 @@ def fill_double(out, key, first, start):
 
 
 # sums in any order, as vector registers need
-_summing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+_summing = numba.njit(error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 # entries that are not numbers make sums that are not, which is where they are noticed
@@ -164,9 +181,7 @@ def _largest(row):
 
 
 @_summing
-def along_last(y, found):
-    """Write into ``found`` (3, rows) for every row of ``y`` (rows, entries) the mean, the sum of
-    squares about it, and the largest entry."""
+def _along_last(y, found):
     for k in range(len(y)):
         # so that digits survive where the mean is large
         shift, total, square = np.float64(y[k, 0]), 0.0, 0.0
@@ -182,20 +197,16 @@ def along_last(y, found):
 
 
 @_summing
-def split_along_ray(y, split):
-    """Write into ``split`` (networks, 3) for every network of ``y`` (networks, inputs, units) the
-    squared length of the mean over inputs, and the sums of squares along its direction and across
-    it of what the inputs are beside the mean."""
+def _split_along_ray(y, mean_square, squares):
     for k in range(len(y)):
         sums = np.zeros(y.shape[2])
         for a in range(y.shape[1]):
             for j in range(y.shape[2]):
                 sums[j] += y[k, a, j]
         sums /= y.shape[1]
-        square = np.sum(sums * sums)
+        mean_square[k] = np.sum(sums * sums)
         mean = sums.astype(y.dtype)
-        ray = (sums / np.sqrt(square) if square > 0 else sums).astype(y.dtype)
-        split[k, 0], split[k, 1], split[k, 2] = square, 0.0, 0.0
+        ray = (sums / np.sqrt(mean_square[k]) if mean_square[k] > 0 else sums).astype(y.dtype)
         for a in range(y.shape[1]):
             along, across = y.dtype.type(0), y.dtype.type(0)
             for j in range(y.shape[2]):
@@ -203,5 +214,32 @@ def split_along_ray(y, split):
             for j in range(y.shape[2]):
                 beside = (y[k, a, j] - mean[j]) - along * ray[j]
                 across += beside * beside
-            split[k, 1] += np.float64(along) ** 2
-            split[k, 2] += np.float64(across)
+            squares[k, 0, a] = np.float64(along) ** 2
+            squares[k, 1, a] = np.float64(across)
+
+
+@_kept("contract", "reassoc")
+def along_last_single(y, found):
+    """Write into ``found`` (3, rows) for every row of ``y`` (rows, entries), float32, the mean, the
+    sum of squares about it, and the largest entry."""
+    _along_last(y, found)
+
+
+@_kept("contract", "reassoc")
+def along_last_double(y, found):
+    """The same of float64."""
+    _along_last(y, found)
+
+
+@_kept("contract", "reassoc")
+def split_along_ray_single(y, mean_square, squares):
+    """Write for every network of ``y`` (networks, inputs, units), float32, the squared length of
+    the mean over inputs into ``mean_square`` (networks,), and for every input the squares along its
+    direction and across it, of what is beside the mean, into ``squares`` (networks, 2, inputs)."""
+    _split_along_ray(y, mean_square, squares)
+
+
+@_kept("contract", "reassoc")
+def split_along_ray_double(y, mean_square, squares):
+    """The same of float64."""
+    _split_along_ray(y, mean_square, squares)

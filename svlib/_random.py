@@ -31,7 +31,8 @@ class Normals:
     """Streams of standard normal numbers, one for each index of (seed, purpose).
 
     On the CPU the numbers are functions of seed, purpose, index and place (``svlib._kernels``): no
-    stream has to be set up, and none can equal another. Elsewhere they are torch's.
+    stream has to be set up, and none can equal another; those of one seed in float32 and in float64
+    share words, so that they are neither equal nor independent. Elsewhere they are torch's.
     """
 
     def __init__(self, seed: int, purpose: str, indices: range, device: torch.device | str) -> None:
@@ -43,10 +44,13 @@ class Normals:
 
     def fill(self, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out`` (indices, ...), contiguous, each slot with the next of its stream."""
-        for slot, generator in zip(out, self._generators, strict=False):
-            slot.normal_(generator=generator)
+        if len(out) != len(self.indices):
+            raise ValueError(f"out must have {len(self.indices)} slots, got {len(out)}")
         if not self._generators:
             self._compiled(out.view(len(out), -1).numpy())
+        else:
+            for slot, generator in zip(out, self._generators, strict=True):
+                slot.normal_(generator=generator)
         return out
 
     def _compiled(self, out: np.ndarray) -> None:

@@ -223,8 +223,12 @@ class Moments:
 
 def _along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, sum of squares about it, and largest entry, along the last dimension, in float64."""
-    compiled = y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
-    return _last_on_processor(y) if compiled else _last_elsewhere(y)
+    return _last_on_processor(y) if _is_compiled(y) else _last_elsewhere(y)
+
+
+def _is_compiled(y: torch.Tensor) -> bool:
+    """Whether there are compiled sums for it."""
+    return y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
 
 
 def _last_on_processor(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -232,7 +236,9 @@ def _last_on_processor(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
     found = torch.empty(3, *y.shape[:-1], dtype=torch.float64)
     rows = y.detach().reshape(-1, y.shape[-1]).contiguous()
-    _kernels.along_last(rows.numpy(), found.view(3, -1).numpy())
+    single = y.dtype == torch.float32
+    along = _kernels.along_last_single if single else _kernels.along_last_double
+    along(rows.numpy(), found.view(3, -1).numpy())
     return found[0], found[1], found[2]
 
 
@@ -332,7 +338,8 @@ class RaySplit(Squares):
     """m^2 and the two parts of v^2; arrays of the kept dimensions, NumPy float64.
 
     Attributes:
-        m2: Unbiased squared sample mean, as in :class:`Decomposition`.
+        m2: Unbiased squared sample mean, as in :class:`Decomposition`, but 0 where it is no more
+            than rounding.
         angular: Sample variance across the mean direction: inputs point in different directions.
         radial: Sample variance along the mean direction: inputs have different lengths.
     """
@@ -380,22 +387,26 @@ def split_along_ray(y: Any) -> RaySplit:
 
 def _split_along_ray(y: torch.Tensor) -> RaySplit:
     samples, units = y.shape[-2:]
-    squares = _split_on_processor if y.device.type == "cpu" else _split_elsewhere
+    squares = _split_on_processor if _is_compiled(y) else _split_elsewhere
     mean, radial, angular = squares(y)
     radial, angular = radial / (units * (samples - 1)), angular / (units * (samples - 1))
     m2 = mean / units - (radial + angular) / samples
     # where it is 0, as with all inputs dead but one, rounding must not make v2/m2 a huge number
-    resolved = np.abs(m2) > 16 * torch.finfo(y.dtype).eps * mean / units
-    return RaySplit(np.where(resolved, m2, 0), angular, radial)
+    rounding = np.abs(m2) <= 64 * torch.finfo(y.dtype).eps * mean / units
+    return RaySplit(np.where(rounding, 0, m2), angular, radial)
 
 
 def _split_on_processor(y: torch.Tensor) -> tuple[Array, Array, Array]:
     from svlib import _kernels  # takes half a second to import
 
-    split = np.empty((*y.shape[:-2], 3))
     networks = y.detach().reshape(-1, *y.shape[-2:]).contiguous().numpy()
-    _kernels.split_along_ray(networks, split.reshape(-1, 3))
-    return split[..., 0], split[..., 1], split[..., 2]
+    mean_square, squares = np.empty(len(networks)), np.empty((len(networks), 2, y.shape[-2]))
+    single = y.dtype == torch.float32
+    split = _kernels.split_along_ray_single if single else _kernels.split_along_ray_double
+    split(networks, mean_square, squares)
+    sums = squares.sum(-1)  # pairwise, so that rounding does not grow with the number of inputs
+    mean, radial, angular = (x.reshape(y.shape[:-2]) for x in (mean_square, sums[:, 0], sums[:, 1]))
+    return mean, radial, angular
 
 
 def _split_elsewhere(y: torch.Tensor) -> tuple[Array, Array, Array]:

@@ -244,15 +244,23 @@ def test_split_without_a_mean() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_input_alone_has_no_mean(dtype: torch.dtype) -> None:
-    """Of two different inputs one is 0 always; rounding must not count as a mean."""
-    y = torch.zeros(50, 32, 16, dtype=dtype)
-    y[:, 3] = torch.randn(50, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
+@pytest.mark.parametrize("samples", [32, 3000])
+@pytest.mark.parametrize("alive", [0, 3, -1])
+def test_one_input_alone_has_no_mean(dtype: torch.dtype, samples: int, alive: int) -> None:
+    """All inputs but one are 0 always; rounding must not count as a mean."""
+    y = torch.zeros(50, samples, 16, dtype=dtype)
+    y[:, alive] = torch.randn(50, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
     found = split_along_ray(y)
     assert (found.m2 == 0).all()
     assert (found.v2 > 0).all()
-    y[:, 4] = 1e-3 * y[:, 3]  # their product is a mean
+    y[:, 4] = 0.1 * y[:, alive]  # their product is a mean
     assert (split_along_ray(y).m2 > 0).all()
+
+
+def test_split_of_half_precision() -> None:
+    y = torch.tensor([[1.0, 2.0], [3.0, 7.0]])
+    found = split_along_ray(y.bfloat16())
+    assert found.v2 == pytest.approx(split_along_ray(y).v2, rel=0.02)
 
 
 def test_split_at_the_ends_of_float32() -> None:

@@ -86,14 +86,18 @@ def _neighbours(x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_a_stream_knows_nothing_of_the_others_and_of_pieces() -> None:
-    together = Normals(3, "test", range(10, 15), "cpu").fill(torch.empty(5, 37, 8))
+    together = Normals(3, "test", range(10, 15), "cpu").fill(
+        torch.empty(5, 37, 8, dtype=torch.float64)
+    )
     alone = Normals(3, "test", range(12, 13), "cpu")
-    assert torch.equal(alone.fill(torch.empty(1, 37, 8))[0], together[2])
+    assert torch.equal(alone.fill(torch.empty(1, 37, 8, dtype=torch.float64))[0], together[2])
     assert len(np.unique(together)) == together.numel()
-    later = alone.fill(torch.empty(1, 37, 8))
+    later = alone.fill(torch.empty(1, 37, 8, dtype=torch.float64))
     assert not np.isin(later, together).any()
     for seed, purpose in ((4, "test"), (3, "other")):
-        other = Normals(seed, purpose, range(10, 15), "cpu").fill(torch.empty(5, 37, 8))
+        other = Normals(seed, purpose, range(10, 15), "cpu").fill(
+            torch.empty(5, 37, 8, dtype=torch.float64)
+        )
         assert not np.isin(other, together).any()
 
 
@@ -104,6 +108,24 @@ def test_any_count_is_filled(dtype: torch.dtype, count: int) -> None:
     drawn = torch.cat([normals.fill(torch.full((6, count), torch.nan, dtype=dtype)) for _ in "ab"])
     assert torch.isfinite(drawn).all()
     assert len(torch.unique(drawn)) == drawn.numel()
+
+
+def test_as_many_slots_as_streams() -> None:
+    with pytest.raises(ValueError, match=r"out must have 2 slots, got 3"):
+        Normals(0, "test", range(2), "cpu").fill(torch.empty(3, 8))
+
+
+@numba.njit
+def pair_of(p, q):  # type: ignore[no-untyped-def]
+    single = _kernels._pair_single(np.uint32(p), np.uint32(q))
+    return single, _kernels._pair_double(p, q)
+
+
+def test_the_ends_of_the_words_are_finite() -> None:
+    ends = np.uint64(0), np.uint64(2**64 - 1)
+    for p in ends:
+        for q in ends:
+            assert np.isfinite(pair_of(p, q)).all()
 
 
 def test_the_counter_goes_on_beyond_32_bits() -> None:

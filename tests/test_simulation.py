@@ -582,6 +582,23 @@ def test_normalization_takes_any_scale(normalization: str, scale: float) -> None
     np.testing.assert_allclose(records[1].v2[:, 1:], records[0].v2[:, 1:], rtol=1e-3)
 
 
+def test_a_network_that_overflows_is_left_out_of_the_averages() -> None:
+    options = {"weight_variance": 100.0, "bias_variance": 1.0}
+    record = simulate(16, 60, networks=3, samples=4, seed=0, **options)  # type: ignore[arg-type]
+    assert not np.isfinite(record.m2[:, 60]).any()
+    assert np.isnan(summarize(record).m2.sel(statistic="mean", layer=60))
+
+
+@pytest.mark.parametrize("method", ["gram", "weights"])
+def test_blocks_of_rows_equal_the_slow_reference(method: str) -> None:
+    found = sample_preactivations(
+        400, [0, 1], networks=1, samples=300, units=400, seed=5, method=method, dtype="float64"
+    )
+    expected = reference(400, 1, 300, 5, 0, method=method)
+    for layer in range(2):
+        np.testing.assert_allclose(found[0, layer], expected[layer], rtol=1e-8, atol=1e-9)
+
+
 def test_interrupted_travels_between_processes() -> None:
     caught = pickle.loads(
         pickle.dumps(Interrupted(simulate(4, 1, networks=2, samples=2, seed=0), 5))
