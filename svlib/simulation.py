@@ -100,8 +100,9 @@ def simulate(
         Dataset with dimensions ``network`` and ``layer`` (depth + 1, layer 0 the first
         preactivation), averages over units:
 
-        - ``m2``, ``v2``, ``sigma2``, unbiased, infinite where float64 overflows; ``angular`` and
-          ``radial``, the parts of v2 (:func:`svlib.moments.split_along_ray`);
+        - ``m2`` (0 where it is no more than rounding), ``v2``, ``sigma2``, unbiased, infinite where
+          float64 overflows; ``angular`` and ``radial``, the parts of v2
+          (:func:`svlib.moments.split_along_ray`);
         - ``fraction``, v^2/sigma^2; ``ratio``, m/v (biased; 0 where ``m2`` is negative); v2 and its
           parts over m2 as ``v2_over_m2``, ...; all NaN in a dead network;
         - ``log_scale``, ln(sigma), exact where m2 and v2 underflow, -inf in a dead network;

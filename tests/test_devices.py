@@ -11,7 +11,7 @@ import torch
 
 from svlib import ensemble as ensembles
 from svlib import gram, layers, pairs
-from svlib.moments import _last_elsewhere, _split_elsewhere
+from svlib._sums import _last_elsewhere, _split_elsewhere
 
 META = torch.device("meta")
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svlib import Moments, decompose
-from svlib.moments import (
-    _along_last,
+from svlib._sums import (
     _last_elsewhere,
     _last_on_processor,
     _split_elsewhere,
     _split_on_processor,
-    split_along_ray,
+    along_last,
 )
+from svlib.moments import split_along_ray
 
 GENERATOR = np.random.default_rng(0)
 
@@ -100,8 +100,8 @@ def test_keeps_accuracy_beside_a_large_mean() -> None:
 def test_blocks_give_the_same_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.from_numpy(GENERATOR.normal(3.0, 1.0, (7, 5, 6, 4)))
     whole = decompose(y, 0, 1, (2, 3))
-    monkeypatch.setattr("svlib.moments._last_on_processor", _last_elsewhere)
-    monkeypatch.setattr("svlib.moments._ENTRIES", {False: 50, True: 50})
+    monkeypatch.setattr("svlib._sums._last_on_processor", _last_elsewhere)
+    monkeypatch.setattr("svlib._sums._ENTRIES", {False: 50, True: 50})
     for layout in (y, y.contiguous(memory_format=torch.channels_last)):
         found = decompose(layout, 0, 1, (2, 3))
         for name in ("mean", "squared_mean", "variance", "largest"):
@@ -125,7 +125,7 @@ def test_sums_of_squares_that_underflow_are_not_negative() -> None:
     y[..., 0] = 0
     assert (y.sum(-1) ** 2 > 0).all()  # the squares underflow, that of the sum does not
     for layout in (y, y.mT.contiguous().mT):
-        assert (_along_last(layout)[1] == 0).all()
+        assert (along_last(layout)[1] == 0).all()
         assert (_last_elsewhere(layout)[1] == 0).all()
     found = decompose(y[0].T)
     assert (found.variance == 0).all()

@@ -33,11 +33,13 @@ GROUND = {
     "_files",
     "_kernels",
     "_random",
+    "_sums",
     "_threads",
 }  # every room but theory's may import them
 ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUTING describe
     "_check": "",
     "_kernels": "",
+    "_sums": "",
     "_random": "",
     "_threads": "",
     "_files": "",

@@ -452,7 +452,7 @@ GOOD: dict[str, object] = {"width": 4, "depth": 2, "networks": 2, "samples": 3, 
         ),
         ({"inputs": "x"}, TypeError, "inputs must be an array"),
         ({"method": "cholesky"}, ValueError, "method must be one of .*'gram'.* got 'cholesky'"),
-        ({"memory": 100}, ValueError, "memory must be at least 384 bytes for one network, got 100"),
+        ({"memory": 100}, ValueError, "memory must be at least 448 bytes for one network, got 100"),
         ({"memory": "1G"}, TypeError, "memory must be a real number"),
         (
             {"networks": range(0)},
