@@ -299,3 +299,24 @@ def test_edge_refuses_what_has_none() -> None:
         trajectory(3, activation="relu6", kinks=[0.0])
     with pytest.raises(ValueError, match="bias_variance must be at most 1"):
         trajectory(3, bias_variance=1.5)
+
+
+def test_softplus_deviates_from_infinite_width_as_the_inverse_width() -> None:
+    """What chapter 7 says of its table: twice the deviation at half the width."""
+    exact = trajectory(30, activation="softplus").fraction[30]
+    excess, errors = [], []
+    for width in (64, 128):
+        record = sv.simulate(
+            width,
+            30,
+            networks=800,
+            samples=64,
+            seed=17,
+            activation="softplus",
+            dtype="float64",
+        )
+        values = record.fraction[:, 30].values / exact
+        excess.append(values.mean() - 1)
+        errors.append(values.std(ddof=1) / 800**0.5)
+    assert abs(excess[0] - 2 * excess[1]) < 4 * np.hypot(errors[0], 2 * errors[1])
+    assert excess[1] > 6 * errors[1]
