@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib.moments import Moments as Moments
     from svlib.moments import decompose as decompose
     from svlib.pairs import simulate_angles as simulate_angles
-    from svlib.probing import diagnosis as diagnosis
+    from svlib.probing import explanation as explanation
     from svlib.probing import init as init
     from svlib.probing import report as report
-    from svlib.probing.diagnosis import Explanation as Explanation
-    from svlib.probing.diagnosis import explain as explain
+    from svlib.probing.explanation import Explanation as Explanation
+    from svlib.probing.explanation import explain as explain
     from svlib.probing.probe import probe as probe
     from svlib.probing.probe import probe_gradients as probe_gradients
     from svlib.probing.watch import Probe as Probe
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
 _MODULES = {  # room: modules that are reached by their own name
     "svlib": ["plot", "sweep", "theory"],
     "svlib.experiments": ["comparison", "data", "networks", "training"],
-    "svlib.probing": ["diagnosis", "init", "report"],
+    "svlib.probing": ["explanation", "init", "report"],
 }
 _NAMES = {  # module: its names that svlib has too
     "svlib.ensemble": ["Ensemble"],
@@ -46,7 +46,7 @@ _NAMES = {  # module: its names that svlib has too
     "svlib.simulation": ["sample_preactivations", "simulate", "summarize"],
     "svlib.probing.probe": ["probe", "probe_gradients"],
     "svlib.probing.watch": ["Probe"],
-    "svlib.probing.diagnosis": ["Explanation", "explain"],
+    "svlib.probing.explanation": ["Explanation", "explain"],
 }
 __version__ = _version("svlib")
 

@@ -1,4 +1,4 @@
-r"""Theory along the calls of a forward pass, in the limit of infinite width.
+r"""Theory along the trace of a forward pass, in the limit of infinite width.
 
 It follows three numbers: the mean square q of a signal, its mean product r for two different
 inputs, and its squared mean u over units. Of preactivations :math:`q=\sigma^2`, :math:`r=m^2`,
@@ -14,34 +14,26 @@ u = 0.
   :mod:`svlib.theory.activations`; what comes out is not Gaussian, until weights follow.
 - BatchNorm in training mode, on a large batch, gives (1, 0); LayerNorm (1, (r - u)/(q - u)), before
   their scale and shift.
-- A sum of independent signals has (q + q', r + r'), a product (q q', r r'). Signals are independent
-  if random weights lie between them and all that they have in common.
-- An average over k positions that are independent (no kernel overlaps another, and positions of the
-  data vary as inputs do) has (r + (q - r)/k, r).
+- A sum of independent signals has (q + q', r + r'). Signals are independent if random weights lie
+  between them and all that they have in common.
 
 One pair of numbers stands for all pairs of inputs and of positions. That is exact for white noise
-and an approximation for data whose pairs differ. Where a call is beyond this (attention, pooling of
-what overlaps), theory starts again from the measured values of the next linear or convolutional
-layer.
+and an approximation for data whose pairs differ. Where a call is beyond this (attention, pooling,
+products), theory starts again from the measured values of the next linear or convolutional layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
 from svlib.probing import operations as ops
-from svlib.probing.calls import Call
-from svlib.theory import activations, maps
-
-GRADIENTS = 100.0
-"""Growth of squared gradients, from output to input, that is reported, and beyond which sample init
-and BatchNorm are not advised, which is a dozen ReLU layers. Chapter 6 has training runs of more."""
-GRADIENTS_FIRST = 1000.0
-"""Growth that comes first among the findings, which is some twenty ReLU layers."""
+from svlib.probing.rows import Values
+from svlib.probing.trace import Node, Trace
+from svlib.theory import activations
 
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects
 
@@ -76,13 +68,8 @@ def follow(
             return "input"
         case ops.Beyond(why):
             return why
-        case ops.Measured(sigma2, m2, mean2):
-            return Signal(sigma2, m2, mean2)
         case ops.Sum():
             return _sum(*before)
-        case ops.Product():
-            q, r, u = (a * b for a, b in zip(before[0][:3], before[1][:3], strict=True))
-            return Signal(q, r, u, gaussian=False)
     signal = before[0]
     q, r, u, gaussian = signal
     match operation:
@@ -98,14 +85,10 @@ def follow(
             return _activate(name, signal)
         case ops.Dropout(keep):
             return Signal(q / keep, r, u, gaussian) if keep > 0 else "dropout of everything"
-        case ops.Affine(pattern=True) if not units:
-            return "a pattern over positions"
         case ops.Affine(scale2, shift):
             return _affine(signal, scale2, shift)
-        case ops.Normalize(positions=True) | ops.Pool() if units:
-            return f"{getattr(operation, 'kind', 'average')} over positions"
-        case ops.Pool(positions):
-            return Signal(r + (q - r) / positions, r, u, gaussian)
+        case ops.Normalize(positions=True) if units:
+            return f"{operation.kind} over positions"
         case ops.Normalize():
             return _normalize(signal, operation)
 
@@ -147,83 +130,55 @@ def _normalize(signal: Signal, norm: ops.Normalize) -> Signal | str:
     return _affine(normal, norm.gamma2, norm.beta)
 
 
-def theory(table: pd.DataFrame, calls: Iterable[Call], *, units: bool) -> pd.DataFrame:
-    """Follow the calls from row to row.
+def theory(trace: Trace, *, units: bool) -> pd.DataFrame:
+    """Follow the trace from row to row.
 
     Args:
-        table: Of :func:`svlib.probe`.
-        calls: Of the same forward pass.
+        trace: Of a forward pass.
         units: Whether positions counted as units.
 
     Returns:
-        For each row of the table ``name``, ``m2``, ``v2``, ``sigma2``, ``fraction`` (NaN where
-        theory is silent), and ``start``: empty, or why theory starts from the measured values.
+        For each row ``name``, ``m2``, ``v2``, ``sigma2``, ``fraction`` (NaN where theory is
+        silent), and ``start``: empty, or why theory starts from the measured values.
     """
-    measured = table.set_index("name")[["sigma2", "m2"]].astype(float).T.to_dict("list")
-    listed = list(calls)
     signals: list[Signal | str] = []
-    expected: dict[str, tuple[Signal, str]] = {}
-    for call in listed:
-        before = [signals[parent] for parent in call.parents]
-        silent = next((parent for parent in before if isinstance(parent, str)), "")
-        known = [parent for parent in before if not isinstance(parent, str)]
-        asks_parents = not isinstance(call.operation, ops.Measured)
-        signal = silent if silent and asks_parents else follow(call.operation, known, units=units)
-        for row in (row for row in call.rows if row in measured):
-            weights = _weights(call, listed)
-            if isinstance(signal, Signal):
-                expected[row] = signal, ""
-            elif weights is not None:
-                bias = getattr(weights.operation, "bias", ops.Constant())
-                sigma2, m2 = measured[row]
-                start, signal = signal, Signal(sigma2, m2, bias.mean2)
-                expected[row] = signal, start
-        signals.append(signal)
     rows = []
-    for name in table.name:
-        (q, r, *_), start = expected.get(name, (_UNKNOWN, "no theory"))
-        rows.append((name, r, q - r, q, (q - r) / q if q else math.nan, start))
+    for node in trace.nodes:
+        before = [signals[parent] for parent in node.parents]
+        if isinstance(node.operation, ops.Sum):  # operands that no formula follows are measured
+            values = [trace.nodes[parent].values for parent in node.parents]
+            before = [
+                x if isinstance(x, Signal) or v is None else _measured(v)
+                for x, v in zip(before, values, strict=True)
+            ]
+        silent = next((x for x in before if isinstance(x, str)), "")
+        known = [x for x in before if not isinstance(x, str)]
+        signal = silent if silent else follow(node.operation, known, units=units)
+        start = ""
+        if isinstance(signal, str) and _has_weights(trace, node) and node.values is not None:
+            weights = _moved(trace, node).operation
+            bias = weights.bias.mean2 if isinstance(weights, ops.Weights) else 0.0
+            start, signal = signal, _measured(node.values)._replace(u=bias)
+        for name in node.rows:
+            if isinstance(signal, str):
+                rows.append((name, *[math.nan] * 4, "no theory"))
+            else:
+                q, r, *_ = signal
+                rows.append((name, r, q - r, q, (q - r) / q if q else math.nan, start))
+        signals.append(signal)
     return pd.DataFrame(rows, columns=["name", "m2", "v2", "sigma2", "fraction", "start"])
 
 
-def _weights(call: Call, calls: Sequence[Call]) -> Call | None:
-    """The call of a weighted layer that this is, or whose output it moves."""
-    while isinstance(call.operation, ops.Move):
-        call = calls[call.parents[0]]
-    return call if call.function in ops.WEIGHTED else None
+def _measured(values: Values) -> Signal:
+    return Signal(values.sigma2, values.m2, values.mean2)
 
 
-def uses_batch_statistics(call: Call) -> bool:
-    """Whether a call is BatchNorm in training mode."""
-    operation = call.operation
-    return isinstance(operation, ops.Normalize) and operation.kind == "batch_norm"
+def _moved(trace: Trace, node: Node) -> Node:
+    """The node of which this one only moves the entries."""
+    while isinstance(node.operation, ops.Move):
+        node = trace.nodes[node.parents[0]]
+    return node
 
 
-def gradient_growth(calls: Iterable[Call], *, batchnorm: bool = False) -> float:
-    r"""Growth of squared gradients from output to input where every unit has sample mean 0 and
-    variance 1.
-
-    A ReLU and the weighted layer behind it contribute a factor :math:`\pi/(\pi-1)` (for a slope,
-    :func:`svlib.theory.maps.batchnorm_slope` at 1). The factors are multiplied along the way from
-    input to output where the product is least: skip connections without weights do not count.
-
-    Args:
-        calls: Of a forward pass.
-        batchnorm: Count a layer only if BatchNorm in training mode follows it.
-    """
-    listed = list(calls)
-    # growth; the factor of a ReLU that no weights have followed yet; of one that no norm has
-    ways: list[tuple[float, float, float]] = []
-    for call in listed:
-        way = min((ways[parent] for parent in call.parents), default=(1.0, 1.0, 1.0))
-        growth, behind_relu, behind_weights = way
-        if isinstance(call.operation, ops.Relu):
-            slope = call.operation.slope
-            behind_relu = maps.batchnorm_slope(1.0, activation="leaky_relu", negative_slope=slope)
-        elif call.function in ops.WEIGHTED:
-            behind_relu, behind_weights = 1.0, behind_relu
-        if behind_weights > 1 and (not batchnorm or uses_batch_statistics(call)):
-            growth, behind_weights = growth * behind_weights, 1.0
-        ways.append((growth, behind_relu, behind_weights))
-    outputs = [way for way, call in zip(ways, listed, strict=True) if call.is_output] or ways[-1:]
-    return max(way[0] for way in outputs) if outputs else 1.0
+def _has_weights(trace: Trace, node: Node) -> bool:
+    return isinstance(_moved(trace, node).operation, ops.Weights)

@@ -81,35 +81,67 @@ class Batch(NamedTuple):
         return tensors((self.args, self.kwargs), objects=DEPTH)
 
     def replaced(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """A copy in which other tensors take the place of these."""
-        if self.call is None:
-            args, kwargs = mapped(function, (self.args, self.kwargs))
-            return self._replace(args=args, kwargs=kwargs)
-        # whatever else the batch may be, it is copied with these in place of its tensors
-        return self._replace(
-            args=copy.deepcopy(self.args, {id(x): function(x) for x in self.tensors()})
-        )
+        """A copy in which other tensors take the place of these; all else is copied too, as far as
+        it can be."""
+        held = self.tensors()
+        memo: dict[int, Any] = {id(x): function(x) for x in held}
+        try:
+            args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
+        except Exception:
+            if self.call is not None:
+                raise
+            args, kwargs = mapped(lambda x: memo[id(x)], (self.args, self.kwargs))
+        return self._replace(args=args, kwargs=kwargs)
 
     def copied(self, model: nn.Module) -> Batch:
         """A copy on the model's device, because a model may change its arguments."""
         device, _ = _place(model)
         return self.replaced(lambda x: x.detach().to(device, copy=True))
 
+    def cut(self, inputs: int) -> Batch | None:
+        """So many of the inputs, from the beginning again where there are fewer; ``None`` if no
+        part of the batch holds one input after another."""
+        parts = [0]
+        index = torch.arange(inputs) % self.samples
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                dim = _dim_of_inputs(value, self.samples)
+                if dim is None:
+                    return value.detach().clone()
+                parts[0] += 1
+                return value.detach().index_select(dim, index.to(value.device))
+            return [value[at] for at in index.tolist()]
+
+        memo = {id(x): cut(x) for x in self.tensors()}
+        if not parts[0]:  # of a list of images, for example
+            for value in (*self.args, *self.kwargs.values()):
+                lists = [value, *(value if isinstance(value, list | tuple) else ())]
+                for x in (x for x in lists if isinstance(x, list) and len(x) == self.samples):
+                    memo[id(x)] = cut(x)
+                    parts[0] += 1
+        if not parts[0]:
+            return None
+        args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
+        mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
+        return self._replace(args=args, kwargs=kwargs, samples=inputs, mask=mask)
+
     def run(self, model: nn.Module) -> Any:
         """The model's output.
 
         Raises:
-            TypeError: If torch cannot compute with the types of batch and model, or the model does
-                not take the keys.
+            TypeError: If torch cannot compute with the types of batch and model, or the model takes
+                other arguments.
         """
         try:
             if self.call is not None:
                 return self.call(model, *self.args)
             return model(*self.args, **self.kwargs)
         except TypeError as error:
-            if not self.kwargs or "unexpected keyword argument" not in str(error):
+            words = ("unexpected keyword argument", "positional argument", "required")
+            if self.call is not None or not any(x in str(error) for x in words):
                 raise
-            way = "for a dictionary as one argument give call=lambda model, batch: model(batch)"
+            way = "call=lambda model, batch: ... says how the model is called"
             raise TypeError(f"batches must have the model's arguments, {error}: {way}") from error
         except RuntimeError as error:
             _, dtype = _place(model)
@@ -119,6 +151,15 @@ class Batch(NamedTuple):
             reason = str(error).splitlines()[0]
             got = f"got {types[0]}, and it does not cast them ({reason})"
             raise TypeError(f"batches must be of the model's {dtype}, {got}") from error
+
+
+def _dim_of_inputs(x: torch.Tensor, samples: int) -> int | None:
+    """Where an argument holds the inputs: first, or in the one dimension of their number."""
+    if not x.ndim or x.is_nested or x.layout is not torch.strided:
+        return None
+    if len(x) == samples:
+        return 0
+    return x.shape.index(samples) if x.ndim > 2 and x.shape.count(samples) == 1 else None
 
 
 def as_batches(model: nn.Module, batches: Any, reading: Reading | None = None) -> Iterator[Batch]:
@@ -157,8 +198,8 @@ def _read(model: nn.Module, batch: Any, reading: Reading) -> Batch:
     samples = reading.inputs or next((x.size(0) for x in found if x.ndim), 0)
     if not samples and not any(x.ndim for x in found):
         if not found:
-            got = f"got {type(batch).__name__} without a tensor"
-            raise TypeError(f"inputs must say how many there are in a batch, {got}")
+            got = f"none of its parts is a tensor (got {type(batch).__name__})"
+            raise TypeError(f"give inputs=, the number of inputs in a batch: {got}")
         where = "along their first dimension, got a tensor without dimensions"
         raise ValueError(f"batches must have the inputs {where}")
     plain = (x for x in found if x.is_floating_point() and not x.is_nested)
@@ -171,16 +212,15 @@ def _arguments(model: nn.Module, batch: Any, reading: Reading) -> Batch:
     """What of a batch a model takes by position and by name."""
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Mapping):
         batch = batch[0]  # the rest are labels
-    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    listed: list[Any] = [] if isinstance(batch, Mapping) else [batch]
-    if isinstance(batch, tuple | list):
-        listed = list(batch)
-    read = Batch(tuple(listed[: _positional(model)]), kwargs, 0)
+    named = isinstance(batch, Mapping) and not _takes_whole(model, batch)
+    listed = list(batch) if isinstance(batch, tuple | list) else [] if named else [batch]
+    read = Batch(tuple(listed[: _positional(model)]), dict(batch) if named else {}, 0)
     known = reading.inputs is not None  # then the first argument need not tell
-    begins = not read.args or known or isinstance(read.args[0], torch.Tensor)
+    begins = not read.args or known or isinstance(read.args[0], torch.Tensor | Mapping)
     if not read.tensors() or not begins:
         wanted = "tensors, tuples that start with one, or dicts of them"
-        way = "a function call= of model and batch takes any"
+        way = "inputs= says how many inputs a list holds, and a function call= of model and batch "
+        way += "takes any batch"
         raise TypeError(f"batches must hold {wanted}, got {type(batch).__name__}: {way}")
     return read
 
@@ -294,13 +334,32 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     return (held[0].device, held[0].dtype) if held else (torch.device("cpu"), None)
 
 
-def _positional(model: nn.Module) -> int | None:
-    """How many arguments ``forward`` requires by position, at least 1: the rest of a tuple are
-    labels. ``None``, all of them, if it takes any number."""
+def _signature(model: nn.Module) -> inspect.Signature:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    parameters = inspect.signature(model.forward).parameters.values()
+    return inspect.signature(model.forward)
+
+
+def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a dictionary is the argument, and does not hold the arguments by name."""
+    try:
+        signature = _signature(model)
+    except (TypeError, ValueError):
+        return False
+    for whole, given in ((False, ((), dict(batch))), (True, ((batch,), {}))):
+        try:
+            signature.bind(*given[0], **given[1])  # type: ignore[arg-type]
+        except TypeError:
+            continue
+        return whole
+    return False
+
+
+def _positional(model: nn.Module) -> int | None:
+    """How many arguments ``forward`` requires by position, at least 1: the rest of a tuple are
+    labels. ``None``, all of them, if it takes any number."""
+    parameters = _signature(model).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

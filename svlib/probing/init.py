@@ -28,6 +28,7 @@ not yet set, it passes everything on.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,33 +37,34 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from svlib import _check
+from svlib._random import stream
 from svlib.moments import Decomposition, decompose
-from svlib.probing.along import (
-    GRADIENTS,
-    GRADIENTS_FIRST,
-    gradient_growth,
-    uses_batch_statistics,
-)
-from svlib.probing.axes import Axes
-from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches, counted, joined
-from svlib.probing.calls import Call
+from svlib.probing.batches import Batch, Caller, Masker, Reading, counted, joined
 from svlib.probing.models import (
     Layer,
     MaskError,
     MergedInputsError,
-    hooked,
+    first_floating,
     named_modules,
     row_name,
     same_generators,
-    untouched,
+    storage,
+    structural_copy,
+    unit_dimension,
     weighted_layers,
 )
-from svlib.probing.probe import measure, probe_gradients
-from svlib.probing.rows import some
-from svlib.probing.scales import along, by_unit, carrier, divide_, maker
+from svlib.probing.passes import Output, Watch
+from svlib.probing.places import Places, read_batches
+from svlib.probing.probe import growth_between, measure, squared_gradients
+from svlib.probing.rows import Pass, Rows, some, watched
+from svlib.probing.scales import along, by_unit, carrier, divide_, like, maker
 
+GRADIENTS = 100.0
+"""Growth of squared gradients, from output to input, that sample init warns of: a dozen ReLU
+layers. Chapter 6 has training runs of more."""
 _TOLERANCE = 0.05  # of a model in bfloat16, too
 _SET, _SET_WITHOUT_BIAS = "set", "deviation set; no bias, mean left"
 # Modules whose weights are not used through linear or convolutional layers of their own
@@ -119,7 +121,7 @@ def total_(
     """
     _check.choice("centred", centred, (True, False))
     parts, reading = _layer if centred else _total, Reading(inputs, call, mask)
-    return _initialize(model, batches, parts, gradients, reading)[0]
+    return _initialize(model, batches, parts, gradients, reading)
 
 
 def sample_(
@@ -150,22 +152,18 @@ def sample_(
         >>> print(table.v2_after.round(4).tolist())
         [1.0, 1.0, 1.0, 1.0]
     """
-    table, calls = _initialize(model, batches, _sample, gradients, Reading(inputs, call, mask))
+    table = _initialize(model, batches, _sample, gradients, Reading(inputs, call, mask))
     means_left = table[(table.done == _SET_WITHOUT_BIAS) & (table.ratio_after > 1)]
-    if len(means_left) and not any(map(uses_batch_statistics, calls)):
+    normalizes = any(isinstance(x, _BatchNorm) and x.training for x in model.modules())
+    if len(means_left) and not normalizes:
         worst = means_left.sort_values("ratio_after").iloc[-1]
         text = f"{len(means_left)} layers without a bias keep sample means above their deviations "
         text += f"(m/v = {worst.ratio_after:.2g} at {worst['name']!r}), and the decay goes on: "
         warnings.warn(f"{text}give them a bias, set them again", stacklevel=2)
-    if (growth := gradient_growth(calls)) > GRADIENTS:
-        text = f"with sample init squared gradients grow some {growth:.0e} times from the model's "
-        text += "output to its first layer (π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): "
-        deep = growth > GRADIENTS_FIRST
-        text += (
-            "small learning rates do not mend this, " if deep else "expect small learning rates, "
-        )
-        text += "prefer skip connections or total init" if deep else "or use skip connections"
-        warnings.warn(text, stacklevel=2)
+    if (growth := table.attrs.pop("growth")) > GRADIENTS:
+        text = f"squared gradients now grow {growth:.0e} times backwards through layers of one size "
+        text += "(π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): skip connections or "
+        warnings.warn(f"{text}sv.init.total_ avoid it", stacklevel=2)
     return table
 
 
@@ -184,61 +182,80 @@ def _sample(found: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _initialize(
     model: nn.Module, batches: Any, parts: Parts, gradients: bool, reading: Reading
-) -> tuple[pd.DataFrame, tuple[Call, ...]]:
+) -> pd.DataFrame:
     """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``."""
     _check.choice("gradients", gradients, (True, False))
-    layers = weighted_layers(model)
+    weighted_layers(model)
     with same_generators(model):  # a loader draws its order, and augments
-        batch = joined(x.copied(model) for x in as_batches(model, batches, reading))
-    setter = _Setter(layers, _left(model, layers), parts, batch)
+        batch = joined(x.copied(model) for x in read_batches(model, batches, reading))
+    places = Places.find(model, batch, watched(model))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    before, _ = _measured(model, batch, gradients)
+    before = _measured(model, batch, places)
+    squares = squared_gradients(model, batch, stream(0, "direction"))[0] if gradients else {}
     try:
-        copied = batch.copied(model)
-        axes = Axes(copied.tensors(), batch.samples)
-        with untouched(model), hooked(layers, setter.on_output(axes)), axes:
-            copied.run(model)
-        setter.finish()
-        after, calls = _measured(model, batch, gradients)
-        after["done"] = after.name.map(setter.done)
-        if list(before.name) != list(after.name) or after.done.isna().any():
-            got = "got other calls in another pass"
-            raise ValueError(f"model must call the same layers every time, {got}")
-        _verify(after, parts)
+        setter = _set(model, batch, parts, places)
+        after = _measured(model, batch, places)
     except BaseException:
         with torch.no_grad():
             for parameter, value in parameters:
                 parameter.copy_(value)
         torch.clear_autocast_cache()
         raise
+    setter.verify(after)
     setter.warn(_beyond(model))
+    names = before.name.map(lambda name: setter.done.get(name, "not called when layers were set"))
+    before.insert(2, "done", names)
+    if gradients or parts is _sample:
+        then, shapes = squared_gradients(model, batch, stream(0, "direction"))
+        before.attrs["growth"] = growth_between(list(then.values()), list(shapes.values()))
+    if gradients:
+        for frame, found in ((before, squares), (after, then)):
+            relative = frame.name.map(found) / next(reversed(found.values()), math.nan)
+            frame["gradient2"] = relative
     columns = ["m2", "v2", "ratio", *["gradient2"] * gradients]
-    table = before[["name", "type", *columns]].merge(
-        after[["name", *columns]], on="name", suffixes=("_before", "_after")
+    table = before[["name", "type", "done", *columns]].merge(
+        after[["name", *columns]], "left", "name", suffixes=("_before", "_after")
     )
-    table.insert(2, "done", after.done)
-    return table, calls
+    table.attrs = before.attrs
+    return table
+
+
+def _set(model: nn.Module, batch: Batch, parts: Parts, places: Places | None) -> _Setter:
+    """Set all layers in one pass; once more with gradients if the model differentiates."""
+    for enabled in (False, True):
+        with structural_copy(model, writable=True) as copied, torch.set_grad_enabled(enabled):
+            setter = _Setter(copied, parts, batch.mask)
+            read = batch.copied(copied)
+            running = Pass(copied, Rows(None, "samples"), batch.samples, batch.mask, places)
+            try:
+                with Watch(copied, setter.on_output(running), setter.layers).watching():
+                    read.run(copied)
+            except RuntimeError as error:
+                if enabled or setter.done or "grad" not in str(error):
+                    raise
+                continue
+        break
+    setter.finish()
+    return setter
 
 
 class _Setter:
     """Sets layers at their first call; ``done`` says of each call what was done."""
 
-    def __init__(
-        self, layers: Mapping[str, Layer], left: Mapping[str, str], parts: Parts, batch: Batch
-    ) -> None:
-        self._layers, self._left, self._parts = layers, dict(left), parts
-        self._mask = batch.mask
+    def __init__(self, model: nn.Module, parts: Parts, mask: torch.Tensor | None) -> None:
+        self.layers = weighted_layers(model)
+        self._left, self._parts, self._mask = _left(model, self.layers), parts, mask
         self._calls: Counter[str] = Counter()
         self._set_as: dict[int, str] = {}  # storage of what was set, and the layer
         self._unset: dict[str, list[str]] = {}  # reasons that a warning names, and layers
         self.done: dict[str, str] = {}
-        for name, layer in layers.items():
-            if carrier(layer) is None and name not in left:
+        for name, layer in self.layers.items():
+            if carrier(layer) is None and name not in self._left:
                 self._left[name] = self._leave(name, f"weight made by {maker(layer)}")
 
     def finish(self) -> None:
         """Note layers that were not called; raise if none was set."""
-        for name in self._layers:
+        for name in self.layers:
             if not self._calls[name] and name not in self._left:
                 self._leave(name, "not called")
         if not self._set_as and self._unset:
@@ -259,40 +276,53 @@ class _Setter:
         self._unset.setdefault(reason, []).append(name)
         return f"left, {reason}"
 
-    def on_output(
-        self, axes: Axes
-    ) -> Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]:
-        """What to do with an output of a layer, given where the inputs lie in it."""
+    def verify(self, after: pd.DataFrame) -> None:
+        """Note the layers whose statistics, in another pass, are not those that were set."""
+        set_ = [_SET] if self._parts is _layer else [_SET, _SET_WITHOUT_BIAS]
+        mine = after[after.name.map(self.done).isin(set_)]
+        found = mine.v2 if self._parts is _sample else mine.sigma2
+        for name, value in zip(mine.name, found, strict=True):
+            if not abs(value - 1) < _TOLERANCE:
+                kind = "sample variance" if self._parts is _sample else "mean square"
+                self._leave(name, f"set, but {kind} {value:.3g} in another pass")
 
-        def set_(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    def on_output(self, running: Pass) -> Callable[[Output], torch.Tensor | None]:
+        """What to do with an output of a layer."""
+
+        def set_(made: Output) -> torch.Tensor | None:
+            layer, name, y = made.module, str(made.key[0]), made.y
+            assert layer is not None
+            if not y.is_floating_point() or made.key[1] == self._calls[name]:
+                return None
             self._calls[name] += 1
             row, bias = row_name(name, self._calls[name]), layer._parameters.get("bias")
             held = [part for part in (carrier(layer), bias) if part is not None]
-            shared = [self._set_as[at] for part in held if (at := _place(part)) in self._set_as]
+            shared = [self._set_as[at] for part in held if (at := storage(part)) in self._set_as]
             if name in self._left or shared:
                 self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"
-                return y
+                return None
             try:
-                found = axes.apart(name, layer, y, None)
-                held_y, mask = counted(found.y, found.dims, self._mask)
+                apart, dims = running.apart(made, name)
+                counted_y, mask = counted(apart, dims, self._mask)
             except MergedInputsError as error:
                 masked = isinstance(error, MaskError)
                 reason = "other positions than the mask" if masked else "inputs not apart"
                 self.done[row] = self._leave(name, reason)
-                return y
-            statistics = decompose(held_y, *found.dims, mask=mask)
-            new = self._set(name, row, layer, y, found.unit, statistics)
-            if new is not y:
-                self._set_as.update({_place(part): name for part in held})
-                axes.replace(y, new)
+                return None
+            with torch.no_grad():
+                new = self._set(row, made, decompose(counted_y, *dims, mask=mask), held)
+            if new is not None:
+                self._set_as.update({storage(part): name for part in held})
             return new
 
         return set_
 
     def _set(
-        self, name: str, row: str, layer: Any, y: torch.Tensor, unit: int, found: Decomposition
-    ) -> torch.Tensor:
-        """Set one layer and return what its output is then."""
+        self, row: str, made: Output, found: Decomposition, held: list[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Set one layer and return what its output is then; ``None`` if it is left."""
+        layer: Any = made.module
+        name, y = str(made.key[0]), made.y
         shift, scale = (x.to(y) for x in self._parts(found))
         if bad := int((~scale.isfinite()).sum()):
             wanted = "must have finite scales to divide by"
@@ -303,41 +333,46 @@ class _Setter:
             silent = not found.sigma2
             reason = "output 0 for every input" if silent else "no variation over inputs"
             self.done[row] = self._leave(name, reason)
-            return y
+            return None
         if scale.ndim and not by_unit(layer, len(scale)):
             self.done[row] = self._leave(name, "one scale for several units")
-            return y
+            return None
         bias = layer._parameters.get("bias")
-        self.done[row] = _SET if bias is not None or self._parts is _total else _SET_WITHOUT_BIAS
-        if still.any():
-            places = [int(place) for place in still.nonzero()[:, 0]]
-            self._leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
-            self.done[row] = f"set but for {len(places)} units without variation"
+        done = _SET if bias is not None or self._parts is _total else _SET_WITHOUT_BIAS
+        places = [int(place) for place in still.nonzero()[:, 0]] if still.ndim else []
+        if places:
+            done = f"set but for {len(places)} units without variation"
             scale, shift = torch.where(still, 1, scale), torch.where(still, 0, shift)
-        divide_(layer, scale)
-        if bias is None:
-            shift = torch.zeros_like(shift)
-        else:
-            bias.copy_((bias - shift) / scale)
-        torch.clear_autocast_cache()  # which holds the weights of before
-        return (y - along(shift, unit, y.ndim)) / along(scale, unit, y.ndim)
+        shift = torch.zeros_like(shift) if bias is None else shift
+        kept = [part.detach().clone() for part in held]
+        unit = unit_dimension(name, layer, y)
+        assert unit is not None
+        expected = (y - along(shift, unit, y.ndim)) / along(scale, unit, y.ndim)
+        try:
+            divide_(layer, scale)
+            if bias is not None:
+                bias.copy_((bias - like(shift, bias)) / like(scale, bias))
+            torch.clear_autocast_cache()  # which holds the weights of before
+            again = first_floating(layer.forward(*made.call[0], **made.call[1]))
+            off = again is None or not _close(again, expected)
+            reason = "its weight is not used as it is and alike every time"
+        except (RuntimeError, NotImplementedError) as error:
+            off, reason = True, str(error).splitlines()[0]
+        if off:
+            for part, value in zip(held, kept, strict=True):
+                part.copy_(value)
+            self.done[row] = self._leave(name, reason)
+            return None
+        if places:
+            self._leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
+        self.done[row] = done
+        return expected
 
 
-def _place(parameter: torch.Tensor) -> int:
-    return parameter.untyped_storage().data_ptr()
-
-
-def _verify(after: pd.DataFrame, parts: Parts) -> None:
-    """Raise if a layer's statistics are not those that were set, e.g. because it transforms its
-    weight."""
-    mine = after[after.done.isin([_SET] if parts is _layer else [_SET, _SET_WITHOUT_BIAS])]
-    found = mine.v2 if parts is _sample else mine.sigma2
-    off = mine[~((found - 1).abs() < _TOLERANCE)]
-    if len(off):
-        kind = "sample variance" if parts is _sample else "mean square"
-        got = f"{kind} {found[off.index[0]]:.3g} where 1 was set"
-        wanted = "must use its weight as it is and alike every time"
-        raise ValueError(f"layer {off.name.iloc[0]!r} {wanted}, got {got}")
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    size = expected.double().square().mean().sqrt()
+    off = (found.double() - expected.double()).square().mean().sqrt()
+    return bool(off <= _TOLERANCE * size)
 
 
 def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -366,13 +401,7 @@ def _beyond(model: nn.Module) -> list[str]:
     ]
 
 
-def _measured(
-    model: nn.Module, batch: Batch, gradients: bool
-) -> tuple[pd.DataFrame, tuple[Call, ...]]:
-    with warnings.catch_warnings():
-        # _initialize raises, or says of the layer that it is left
-        warnings.filterwarnings("ignore", message=".* have no row")
-        table, calls = measure(model, [batch], None, "samples", record=True)
-    if gradients:
-        table["gradient2"] = probe_gradients(model, batch, seed=0).gradient2
-    return table, calls
+def _measured(model: nn.Module, batch: Batch, places: Places | None) -> pd.DataFrame:
+    found = measure(model, [batch], None, "samples", places=places).rows.frame()
+    columns = ["name", "type", "m2", "v2", "sigma2", "ratio"]
+    return found if len(found) else pd.DataFrame(columns=columns)

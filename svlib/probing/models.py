@@ -1,4 +1,4 @@
-r"""How to run any model: its layers, the axes of its outputs, a pass without a trace.
+r"""How to run any model without a trace: a copy that shares its weights, its layers, their axes.
 
 The inputs of a batch lie along the first dimension. Units are the channels of convolutions,
 pooling, batch and group normalization (dimension 1), and the features of linear layers (the last
@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -22,13 +23,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-
-from svlib.probing.attributes import restored_attributes
+from torch.overrides import TorchFunctionMode
 
 Layer = nn.Linear | _ConvNd
 OnOutput = Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None]
 Dimensions = tuple[int, int, tuple[int, ...]]
 DEPTH = 3  # of objects inside objects that a batch may hold its tensors in
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class MergedInputsError(ValueError):
@@ -36,7 +37,7 @@ class MergedInputsError(ValueError):
 
 
 class LostInputsError(MergedInputsError):
-    """Several dimensions of an output may be that of the inputs."""
+    """Which dimension of an output is that of the inputs cannot be told."""
 
 
 class MaskError(MergedInputsError):
@@ -44,8 +45,9 @@ class MaskError(MergedInputsError):
 
 
 def tensors(value: Any, name: str = "", *, objects: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor in nested lists, tuples, mappings and dataclasses, with its place:
-    "['key'][1]"; on request in the attributes of other objects, so many objects deep."""
+    """Yield every tensor in nested lists, tuples, mappings and dataclasses as (path, tensor), a
+    path being like "['key'][1]". With ``objects=n`` also those in the attributes of other objects,
+    n levels deep."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, list | tuple):
@@ -91,11 +93,33 @@ def first_floating(value: Any) -> torch.Tensor | None:
     return next((y for _, y in tensors(value) if y.is_floating_point()), None)
 
 
+def storage(x: torch.Tensor) -> int:
+    """What tells whether two tensors share their entries; of subclasses without a storage of their
+    own, such as DTensor, whether they are the same object."""
+    try:
+        return x.untyped_storage().data_ptr() or id(x)
+    except RuntimeError:
+        return id(x)
+
+
+def has_numbers(x: torch.Tensor) -> bool:
+    """Whether the entries of a tensor can be read: not of fake or meta tensors, nor inside vmap,
+    jvp or a compiler."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    fake = type(x).__name__ in ("FakeTensor", "FunctionalTensor")
+    return not (wrapped or fake or x.is_meta or torch.compiler.is_compiling())
+
+
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a linear layer has a weight (in, out), such as transformers' ``Conv1D``, which is not
     a convolution."""
     weight = getattr(layer, "weight", None)
     return type(layer).__name__ == "Conv1D" and getattr(weight, "ndim", 0) == 2
+
+
+def is_weighted(module: nn.Module | None) -> bool:
+    """Whether a module is a linear or convolutional layer."""
+    return isinstance(module, Layer) or (module is not None and is_transposed(module))
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -112,14 +136,11 @@ def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {
-        name: layer
-        for name, layer in named_modules(model)
-        if isinstance(layer, Layer) or is_transposed(layer)
-    }
+    layers = {name: layer for name, layer in named_modules(model) if is_weighted(layer)}
     if not layers:
         kind = type(model).__name__
-        raise ValueError(f"model must have a linear or convolutional layer, got {kind} with none")
+        text = f"model must have a linear or convolutional layer, got {kind} with none"
+        raise ValueError(f"{text}; layers='all' measures every function")
     return cast(dict[str, Layer], layers)
 
 
@@ -128,45 +149,54 @@ def row_name(name: str, call: int) -> str:
     return name if call == 1 else f"{name} ({call})"
 
 
+def unit_dimension(name: str, module: nn.Module | None, y: torch.Tensor) -> int | None:
+    """The unit dimension that a module or a function gives its output, ``None`` if it inherits."""
+    function = name.split("/")[-1].split(" ")[0]
+    kind = (function if module is None else type(module).__name__).lower()
+    images = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1
+    channels = module is None and kind.startswith(("conv", "batch_norm", "group_norm", "instance"))
+    if "pool" in kind or images or channels or isinstance(module, _ConvNd | _NormBase):
+        return 1
+    if isinstance(module, nn.GroupNorm):
+        return 1
+    features = module is None and kind in ("linear", "addmm", "layer_norm", "rms_norm", "embedding")
+    if features or isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding):
+        return y.ndim - 1
+    return y.ndim - 1 if module is not None and is_transposed(module) else None
+
+
 def dimensions(
     name: str,
-    layer: nn.Module | None,
+    module: nn.Module | None,
     y: torch.Tensor,
     samples: int,
     unit: int | None = None,
-    axis: int | None = 0,
+    axis: int = 0,
 ) -> Dimensions:
     """(sample, unit, position) dimensions of an output, as :func:`svlib.decompose` takes them.
 
-    ``unit`` is the unit dimension of the latest output of this shape, ``axis`` that of the inputs,
-    if it is known.
+    ``unit`` is the unit dimension of the latest output of this shape, ``axis`` that of the inputs.
 
     Raises:
-        MergedInputsError: If that dimension does not have the size of the batch.
-        ValueError: If a convolution's output has no dimension for the inputs.
+        MergedInputsError: If there are fewer than two dimensions, or that of the inputs does not
+            have the size of the batch.
     """
     shape = tuple(y.shape)
-    if isinstance(layer, _ConvNd) and y.ndim != layer.weight.ndim:
-        wanted = "(inputs, channels, positions...)"
-        raise ValueError(f"layer {name!r} must see a batch {wanted}, its output has shape {shape}")
-    if y.ndim < 2:
-        wanted = "(inputs, features)"
-        raise ValueError(f"layer {name!r} must see a batch {wanted}, its output has shape {shape}")
-    if axis is None:
-        reason = f"must show which dimension is that of the {samples} inputs"
-        raise LostInputsError(f"layer {name!r} {reason}, its output has shape {shape}")
-    pooled = "pool" in (name.split("/")[-1] if layer is None else type(layer).__name__).lower()
-    images = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1
+    convolution = isinstance(module, _ConvNd) and y.ndim != module.weight.ndim
+    if convolution or y.ndim < 2:
+        wanted = "(inputs, channels, positions...)" if convolution else "(inputs, features)"
+        text = f"layer {name!r} must see a batch {wanted}, its output has shape {shape}"
+        raise MergedInputsError(text)
     others = [dim for dim in range(y.ndim) if dim != axis]
-    if pooled or images or isinstance(layer, _ConvNd | _NormBase | nn.GroupNorm):
-        unit = 1
-    elif isinstance(layer, nn.Linear | nn.LayerNorm):
-        unit = y.ndim - 1
+    own = unit_dimension(name, module, y)
+    if own is not None:
+        unit = own
     elif unit in (None, axis):
         unit = others[0] if y.ndim > 3 else others[-1]
     if y.shape[axis] != samples or unit == axis:
         kept = f"must keep the {samples} inputs of a batch apart"
-        raise MergedInputsError(f"layer {name!r} {kept}, its output has shape {shape}")
+        text = f"layer {name!r} {kept}, its output has shape {shape}"
+        raise MergedInputsError(f"{text} (inputs= says how many there are in a batch)")
     return axis, unit, tuple(dim for dim in others if dim != unit)
 
 
@@ -185,44 +215,109 @@ def same_generators(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a model uncompiled, without gradients and on copies of its buffers.
+def structural_copy(model: nn.Module, *, writable: bool = False) -> Iterator[nn.Module]:
+    """Yield a copy to run, uncompiled and without gradients: modules, buffers, attributes and
+    caches are copied, parameters are new ones that share the entries.
 
-    On exit, even after an error, it has its own buffers (BatchNorm's running statistics), plain
-    attributes and gradients of parameters again, and random states are as before.
+    What the copy's forward pass does to it ends with it. A parameter whose entries it writes to is
+    put back on exit, even after an error, and random states are as before. ``writable`` keeps what
+    others than the forward pass write.
+
+    Warns:
+        UserWarning: If attributes cannot be copied: they are shared, or the model itself runs.
     """
-    # modules of TorchScript have no dictionary of buffers
-    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
-    values = [(x, x.clone()) for module in scripted for x in module.buffers(recurse=False)]
-    modules = [module for module in model.modules() if module not in scripted]
-    own = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
-    copies: dict[int, torch.Tensor] = {}
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     compiling = "torch._dynamo" in sys.modules  # hooks inside a compiled model do not run
     eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
     fast = torch.backends.mha.get_fastpath_enabled()  # which goes round layers and their hooks
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with same_generators(model), restored_attributes(modules), torch.no_grad(), eager:
-            for parameter, _ in grads:
-                parameter.grad = None  # else a backward pass inside would add to it
-            for module in modules:
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-            yield
+        with same_generators(model), torch.no_grad(), eager, ExitStack() as stack:
+            copied = _copied(model, stack, writable)
+            with _Kept(copied):
+                yield copied
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Wrapped(nn.Module):
+    """In place of a wrapper for several devices, which cannot be copied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _copied(model: nn.Module, stack: ExitStack, writable: bool) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    wrapped = isinstance(model, _WRAPPERS)
+    inner: nn.Module = model.module if wrapped else model
+    memo: dict[int, Any] = {}
+    for parameter in inner.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for module in inner.modules():
+        for _, x in tensors({k: v for k, v in vars(module).items() if not k.startswith("_")}):
+            if x.grad_fn is not None:  # torch copies leaves only
+                memo[id(x)] = x.detach().clone()
+    try:
+        copied: nn.Module = copy.deepcopy(inner, dict(memo))
+    except Exception:
+        shared = [x for module in inner.modules() for x in _shared(module, memo)]
+        try:
+            copied = copy.deepcopy(inner, dict(memo))
+        except Exception as error:
+            warnings.warn(f"the model itself runs, it cannot be copied: {error}", stacklevel=6)
+            copied = inner
+            for x in (*inner.buffers(), *(() if writable else inner.parameters())):
+                stack.callback(x.copy_, x.detach().clone())
+        else:
+            names = ", ".join(dict.fromkeys(shared))
+            warnings.warn(f"attributes that cannot be copied are shared: {names}", stacklevel=6)
+    return _Wrapped(copied).train(model.training) if wrapped else copied
+
+
+def _shared(module: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
+    """Names of a module's plain attributes that cannot be copied; the memo maps them to
+    themselves."""
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                memo[id(value)] = value
+                yield name
+
+
+class _Kept(TorchFunctionMode):
+    """Saves a parameter before a function writes to its entries, and puts it back on exit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._held = {storage(x): x for x in model.parameters()}
+        self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        renormalizes = name == "embedding" and (kwargs.get("max_norm") or any(args[3:4]))
+        inplace = name[-1:] == "_" or "out" in kwargs or renormalizes
+        if inplace and (name[-2:] != "__" or name[:3] == "__i" or name == "__setitem__"):
+            with torch._C.DisableTorchFunction():
+                for _, x in tensors((args[:2], kwargs.get("out"))):
+                    if (at := storage(x)) in self._held and at not in self._saved:
+                        entries = self._held[at].detach()
+                        self._saved[at] = entries, entries.clone()
+        return function(*args, **kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-        for parameter, grad in grads:
-            parameter.grad = grad
-        for module, buffers, transient in own:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(transient)
+            for entries, value in self._saved.values():
+                entries.copy_(value)
 
 
 @contextmanager

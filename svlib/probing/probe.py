@@ -1,14 +1,17 @@
 r"""Measure m^2 and v^2 in any torch model, layer by layer in execution order, without a trace.
 
-:mod:`svlib.probing.models` says which axes of an output are inputs, units and positions,
-:mod:`svlib.probing.rows` the two meanings of positions.
+:mod:`svlib.probing.models` says which axes of an output are units and positions,
+:mod:`svlib.probing.places` which is that of the inputs, :mod:`svlib.probing.rows` the two meanings
+of positions.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -16,15 +19,27 @@ from torch import nn
 
 from svlib._random import stream
 from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches
-from svlib.probing.calls import Call
 from svlib.probing.models import (
     first_floating,
     hooked,
     row_name,
-    untouched,
+    structural_copy,
     weighted_layers,
 )
-from svlib.probing.rows import Layers, Pass, Rows
+from svlib.probing.places import Places, read_batches
+from svlib.probing.rows import COLUMNS, Layers, Pass, Rows, watched
+from svlib.probing.trace import Trace
+
+_ALWAYS = 40  # inputs from which two passes of 3 and 2 cost little
+
+
+class Measurement(NamedTuple):
+    """Rows, the trace of the first batch, where its inputs lie, and the batch."""
+
+    rows: Rows
+    trace: Trace | None
+    places: Places | None
+    batch: Batch
 
 
 def measure(
@@ -34,52 +49,88 @@ def measure(
     positions: str,
     reading: Reading | None = None,
     *,
-    record: bool,
-    directions: bool = False,
+    record: bool = False,
     maximum: bool = False,
-) -> tuple[pd.DataFrame, tuple[Call, ...]]:
-    """The table of :func:`probe` and, with ``record``, the calls of the first batch.
+    places: Places | None = None,
+) -> Measurement:
+    """What :func:`probe` measures and, with ``record``, the trace of the first batch.
 
-    With ``directions`` there is a column ``cosine``, the mean cosine of two inputs, NaN where
-    positions count as samples.
+    ``places`` are known where the inputs lie already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    weighted = weighted_layers(model) if layers is None else {}
-    listed = as_batches(model, batches, reading)
-    first: list[Batch] = []
+    if layers is None and not record:
+        weighted_layers(model)
+    listed = read_batches(model, batches, reading)
     if reading is not None and reading.mask is not None and positions == "units":
         raise ValueError("positions must be 'samples' where a mask is given, got 'units'")
-    for gradients in (False, True):
-        rows = Rows(layers, positions, directions=directions, maximum=maximum)
-        calls: tuple[Call, ...] = ()
-        samples = 0
+    first: list[Batch] = []
+    gradients = False
+    while True:
+        rows = Rows(layers, positions, directions=record, maximum=maximum)
+        trace: Trace | None = None
+        samples, unsure = 0, False
         try:
-            with untouched(model), torch.set_grad_enabled(gradients):
-                for read in chain(first, listed):
-                    first = first or [read]
-                    batch = read.copied(model)
-                    forward = Pass(model, rows, batch.samples, batch.mask)
-                    given = (batch.args, batch.kwargs)
-                    with forward.watching(given, layers, record=record and not calls):
-                        forward.returned(batch.run(model))
-                    samples += batch.samples
-                    calls = calls or forward.calls
+            for read in chain(first, listed):
+                if not first:
+                    first = [read]
+                    places = places or _places(model, read, reading, layers, record=record)
+                with structural_copy(model) as copied, torch.set_grad_enabled(gradients):
+                    batch = read.copied(copied)
+                    seen = None
+                    if layers is not None or (record and trace is None):
+                        given = (batch.args, batch.kwargs)
+                        seen = Trace(copied, given, batch.samples, positions)
+                    forward = Pass(copied, rows, batch.samples, batch.mask, places, seen)
+                    with forward.watch():
+                        output = batch.run(copied)
+                    if seen is not None and trace is None:
+                        seen.is_output(output)
+                        trace = seen.finish()
+                samples, unsure = samples + batch.samples, unsure or forward.unsure
+                if unsure and places is None and samples == batch.samples:
+                    places = Places.find(model, read, None if layers else watched(model))
+                    if places is not None:
+                        break  # and begin again
+                if not record:
                     rows.refuse()
-            break
-        except RuntimeError as error:  # of a model that differentiates in its forward pass
-            if gradients or samples or "does not require grad" not in str(error):
+            else:
+                break
+        except RuntimeError as error:
+            # of a model that differentiates in its forward pass
+            if gradients or samples or "grad" not in str(error):
                 raise
+            gradients = True
     if samples < 2:
         raise ValueError(f"batches must hold at least 2 inputs, got {samples or 'none'}")
+    return Measurement(rows, trace, places, first[0])
+
+
+def _places(
+    model: nn.Module, batch: Batch, reading: Reading | None, layers: Layers, *, record: bool
+) -> Places | None:
+    told = reading is not None and (reading.inputs or reading.call)
+    if batch.samples < 2 or not (record or told or batch.samples >= _ALWAYS):
+        return None
+    return Places.find(model, batch, None if record or layers else watched(model))
+
+
+def checked(
+    rows: Rows, model: nn.Module, layers: Layers, *, stacklevel: int, empty: bool = False
+) -> pd.DataFrame:
+    """The table of rows, which may be empty if that is said; warns of outputs that have none."""
+    if empty and rows.frame().empty:
+        return pd.DataFrame(columns=["name", "type", *COLUMNS, "cosine"])
     if not rows.names():
         wanted = "a weighted layer" if layers is None else "what layers names"
         raise ValueError(f"model must call {wanted}, got none called")
     frame = rows.frame()
     if frame.empty:
         raise next(iter(rows.left_out.values())).error
-    rows.warn([name for name in weighted if name not in rows.names()], stacklevel=3)
-    return frame, calls
+    weighted = weighted_layers(model) if layers is None else {}
+    uncalled = [name for name in weighted if name not in rows.names()]
+    rows.warn(uncalled, stacklevel=stacklevel + 1)
+    return frame
 
 
 def probe(
@@ -141,7 +192,8 @@ def probe(
         ['Linear', 'ReLU', 'Linear']
     """
     read = Reading(inputs, call, mask)
-    return measure(model, batches, layers, positions, read, record=False, maximum=maximum)[0]
+    rows = measure(model, batches, layers, positions, read, maximum=maximum).rows
+    return checked(rows, model, layers, stacklevel=2)
 
 
 def probe_gradients(
@@ -175,32 +227,66 @@ def probe_gradients(
         [1.0, 1.0]
     """
     generator = stream(seed, "direction")
-    layers = weighted_layers(model)
-    calls: Counter[str] = Counter()
-    outputs: dict[str, torch.Tensor] = {}
-
-    def record(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
-        y = y if y.requires_grad else y.requires_grad_()
-        calls[name] += 1
-        outputs[row_name(name, calls[name])] = y
-        return y.clone()  # an activation in place must not change what is differentiated by
-
+    weighted_layers(model)
     if isinstance(inputs, list) and call is None:  # of batches
         raise TypeError("inputs must be one batch: a tensor, tuple or dict, got list")
     reading = Reading() if call is None else Reading(1, call)  # their number does not matter
     (read,) = as_batches(model, [inputs], reading)
-    batch = read.copied(model)
-    with untouched(model), hooked(layers, record), torch.enable_grad():
-        output = batch.run(model)
+    squares, _ = squared_gradients(model, read, generator)
+    found = pd.Series(squares.values(), dtype=float)
+    relative, growth = found / found.iloc[-1], found / found.shift(-1)
+    return pd.DataFrame({"name": list(squares), "gradient2": relative, "growth": growth})
+
+
+def squared_gradients(
+    model: nn.Module, read: Batch, generator: torch.Generator
+) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+    """Mean squares of the gradients at the outputs of weighted layers, and the shapes, by row.
+
+    Parameters need no gradient and get none, and no gradient is kept: each is squared as it comes.
+    """
+    calls: Counter[str] = Counter()
+    squares: dict[str, float] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str, layer: nn.Module, y: torch.Tensor) -> None:
+        if not y.requires_grad:
+            y.requires_grad_()
+        calls[name] += 1
+        row = row_name(name, calls[name])
+        squares[row], shapes[row] = 0.0, tuple(y.shape)
+
+        def square(gradient: torch.Tensor) -> None:
+            squares[row] = float(gradient.detach().double().square().mean())
+
+        y.register_hook(square)
+
+    with structural_copy(model) as copied, torch.enable_grad():
+        batch = read.copied(copied)
+        copied.requires_grad_(requires_grad=False)
+        with hooked(weighted_layers(copied), record):
+            output = batch.run(copied)
         y = first_floating(output)
         if y is None:
             got = f"{type(output).__name__} with none"
             raise TypeError(f"model must return a floating-point tensor, got {got}")
-        if not outputs:
+        if not squares:
             raise ValueError("model must call a weighted layer, got none called")
-        direction = torch.randn(y.shape, generator=generator).to(y)
-        places = list(outputs.values())
-        gradients = torch.autograd.grad(y, places, direction, materialize_grads=True)
-    squares = pd.Series([float(gradient.double().square().mean()) for gradient in gradients])
-    relative, growth = squares / squares.iloc[-1], squares / squares.shift(-1)
-    return pd.DataFrame({"name": list(outputs), "gradient2": relative, "growth": growth})
+        if y.requires_grad:
+            y.backward(torch.randn(y.shape, generator=generator).to(y))
+    return squares, shapes
+
+
+def growth_between(
+    squares: Iterable[float], shapes: Iterable[tuple[int, ...]]
+) -> float:
+    """Growth of squared gradients backwards, over neighbouring rows of one shape.
+
+    Between other rows a pool or another number of units changes them too.
+    """
+    pairs = list(zip(squares, shapes, strict=True))
+    total = 0.0
+    for (a, shape), (b, behind) in zip(pairs, pairs[1:], strict=False):
+        if shape == behind and a > 0 and b > 0:
+            total += math.log(a / b)
+    return math.exp(min(700.0, total))

@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -29,29 +29,65 @@ from torch import nn
 
 from svlib import _check
 from svlib.moments import Moments
-from svlib.probing.axes import Axes, watching_sequences
 from svlib.probing.batches import counted
-from svlib.probing.calls import Call, Recorder, inputs_of
 from svlib.probing.models import (
-    DEPTH,
     Dimensions,
     LostInputsError,
     MaskError,
     MergedInputsError,
-    hooked,
+    dimensions,
+    has_numbers,
+    is_weighted,
     named_modules,
     row_name,
-    tensors,
-    weighted_layers,
+    unit_dimension,
 )
-from svlib.probing.operations import Measured
+from svlib.probing.passes import Key, Output, Watch
+from svlib.probing.places import Place, Places
 
 Layers = str | Sequence[str | type[nn.Module]] | None
 POSITIONS = ("samples", "units")
 
 
-class _Row:
-    """The moments of one row of the table and, on request, the mean cosine of two inputs."""
+@dataclass(frozen=True)
+class Values:
+    """What was measured of an output; the table of :func:`svlib.probe` has the same columns.
+
+    Attributes:
+        mean2: Squared mean over inputs and units.
+        dead: Fraction of units that are positive for no input; ``deep``: that are above -3 for none.
+        cosine: Mean cosine of two inputs, NaN where positions count as samples.
+        maximum: Largest absolute value, if it was asked for.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    m2: float
+    v2: float
+    sigma2: float
+    fraction: float
+    ratio: float
+    dead: float
+    samples: int
+    mean2: float
+    deep: float
+    cosine: float = math.nan
+    maximum: float = math.nan
+
+    @property
+    def spread(self) -> float:
+        """The smaller one of v^2/sigma^2 and, of many units, 1 minus the mean cosine: what tells
+        inputs apart, by their length too or by their direction alone."""
+        wide = math.prod(self.shape) >= _DIRECTIONS and math.isfinite(self.cosine)
+        return min(self.fraction, 1 - self.cosine) if wide else self.fraction
+
+
+_DIRECTIONS = 16  # units below which a mean cosine says little
+COLUMNS = ("shape", "m2", "v2", "sigma2", "fraction", "ratio", "dead", "samples")
+
+
+class Row:
+    """The moments of one output over the batches and, on request, the mean cosine of two inputs."""
 
     def __init__(
         self,
@@ -70,10 +106,11 @@ class _Row:
         self._sum, self._count = torch.zeros((), dtype=torch.float64), 0  # of unit vectors
         self._peak = 0.0
 
-    def update(self, y: torch.Tensor, dims: Dimensions, mask: torch.Tensor | None = None) -> None:
+    def update(self, y: torch.Tensor, dims: Dimensions, mask: torch.Tensor | None = None) -> Row:
+        """Add an output of a batch."""
         y, mask = counted(y, dims, mask)
         if not y.shape[dims[0]]:
-            return
+            return self
         if self._flat:
             y = y.movedim(dims[0], 0).flatten(1)
         else:  # (inputs, units, positions)
@@ -88,27 +125,27 @@ class _Row:
             unit = nn.functional.normalize(y.detach().double().flatten(1), dim=1)
             self._count += int((unit != 0).any(1).sum())
             self._sum = self._sum + unit.sum(0).cpu()
+        return self
 
-    def cosine(self) -> float:
-        """Mean cosine between two different inputs, of those that are not 0."""
-        n = self._count
-        return (float(self._sum.square().sum()) - n) / (n * (n - 1)) if n > 1 else math.nan
+    def values(self) -> Values:
+        """What was measured so far."""
+        found, n = self.moments.result(), self._count
+        square = float(self._sum.square().sum())
+        return Values(
+            self.kind,
+            self.shape,
+            *map(float, (found.m2, found.v2, found.sigma2, found.fraction, found.ratio)),
+            float((found.largest <= 0).mean()),
+            found.samples,
+            float(found.mean.mean()) ** 2,
+            float((found.largest <= -3).mean()),
+            (square - n) / (n * (n - 1)) if n > 1 else math.nan,
+            self._peak if self._maximum else math.nan,
+        )
 
-    def values(self) -> dict[str, Any]:
-        found = self.moments.result()
-        more = {"maximum": self._peak} if self._maximum else {}
-        more |= {"cosine": self.cosine()} if self._directions else {}
-        return {
-            "type": self.kind,
-            "shape": self.shape,
-            "m2": float(found.m2),
-            "v2": float(found.v2),
-            "sigma2": float(found.sigma2),
-            "fraction": float(found.fraction),
-            "ratio": float(found.ratio),
-            "dead": float((found.largest <= 0).mean()),
-            "samples": found.samples,
-        } | more
+
+class UnreadError(MergedInputsError):
+    """An output whose entries are no real numbers, or cannot be read."""
 
 
 class _LeftOut(NamedTuple):
@@ -131,8 +168,8 @@ class Rows:
         self.positions = _check.choice("positions", positions, POSITIONS)
         maximum = _check.choice("maximum", maximum, (True, False))
         self._options = {"directions": directions, "maximum": maximum}
-        self._chosen = _selection(layers)
-        self._rows: dict[str, _Row] = {}
+        self._chosen, self.everything = _selection(layers), layers is not None
+        self._rows: dict[str, Row] = {}
         self.left_out: dict[str, _LeftOut] = {}
         self.over_inputs: dict[str, None] = {}  # names of recurrences and attention between inputs
 
@@ -148,18 +185,19 @@ class Rows:
         y: torch.Tensor,
         dims: Dimensions,
         mask: torch.Tensor | None = None,
-    ) -> bool:
-        """Add an output of a module or of a function to its row; False if it has none."""
+    ) -> None:
+        """Add an output of a module or of a function to its row."""
         if name not in self._rows:
-            self._rows[name] = _Row(kind, y, dims, self.positions, **self._options)
+            self._rows[name] = Row(kind, y, dims, self.positions, **self._options)
         try:
             self._rows[name].update(y, dims, mask)
+        except _check.NotFiniteError as error:  # scores of attention are not, under a mask
+            found = _check.NotFiniteError(f"layer {name!r}: {error}")
+            self.leave_out(name, found, excusable=module is None)
         except ValueError as error:
-            not_finite = isinstance(error, _check.NotFiniteError)
-            # scores of attention under a mask; what has fewer positions than the mask
-            excusable = (not_finite and module is None) or isinstance(error, MaskError)
-            self.leave_out(name, type(error)(f"layer {name!r}: {error}"), excusable=excusable)
-        return name in self._rows
+            excusable = isinstance(error, MaskError)  # what has fewer positions than the mask
+            kind_of_error = MaskError if excusable else ValueError
+            self.leave_out(name, kind_of_error(f"layer {name!r}: {error}"), excusable=excusable)
 
     def leave_out(self, name: str, error: ValueError, *, excusable: bool) -> None:
         """From now on this output has no row."""
@@ -176,9 +214,18 @@ class Rows:
         """Names of rows, and of outputs that were called and have none."""
         return {*self._rows, *self.left_out}
 
+    def values(self) -> dict[str, Values]:
+        """What was measured, by name."""
+        return {name: row.values() for name, row in self._rows.items()}
+
     def frame(self) -> pd.DataFrame:
         """The table; empty without rows."""
-        return pd.DataFrame([{"name": name, **row.values()} for name, row in self._rows.items()])
+        asked = {"maximum": self._options["maximum"], "cosine": self._options["directions"]}
+        columns = [*COLUMNS, *(name for name, wanted in asked.items() if wanted)]
+        return pd.DataFrame(
+            {"name": name, "type": x.kind} | {column: getattr(x, column) for column in columns}
+            for name, x in self.values().items()
+        )
 
     def warn(self, uncalled: Iterable[str] = (), *, stacklevel: int) -> None:
         """Say which outputs have no row, and why."""
@@ -188,20 +235,25 @@ class Rows:
             warnings.warn(text + some(self.over_inputs), stacklevel=stacklevel + 1)
         reasons = {"were not called as modules": list(uncalled)}
         for name, (error, _) in self.left_out.items():
-            reason = str(error)
-            if isinstance(error, LostInputsError):
-                reason = "have inputs along a dimension that could not be followed"
-            elif isinstance(error, MaskError):
-                reason = "have other positions than the mask"
-            elif isinstance(error, MergedInputsError):
-                reason = "merge the inputs of a batch with their positions"
-            elif isinstance(error, _check.NotFiniteError):
-                reason = "are not finite"
-            reasons.setdefault(reason, []).append(name)
+            reasons.setdefault(_reason(error), []).append(name)
         for reason, names in reasons.items():
             if names:
                 text = f"{len(names)} outputs have no row because they {reason}: {some(names)}"
                 warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, LostInputsError):
+        return "have inputs along a dimension that could not be followed"
+    if isinstance(error, MaskError):
+        return "have other positions than the mask"
+    if isinstance(error, _check.NotFiniteError):
+        return "are not finite"
+    if isinstance(error, UnreadError):
+        return str(error)
+    if isinstance(error, MergedInputsError):
+        return "do not keep the inputs of a batch apart"
+    return str(error)
 
 
 def some(names: Iterable[str]) -> str:
@@ -232,133 +284,149 @@ def _selection(layers: Layers) -> Callable[[str, nn.Module | None], bool]:
     return chosen
 
 
-class Pass:
-    """One forward pass whose outputs go to rows: of weighted layers, or of everything.
+_SEQUENCES = (nn.RNNBase, nn.MultiheadAttention)
 
-    ``calls`` holds the record of the pass, if one is asked for. Everything needs a record, because
-    only outputs that depend on the inputs have rows.
+
+class Observer(Protocol):
+    """What looks at every output of a pass: :class:`svlib.probing.trace.Trace`."""
+
+    def observe(self, made: Output, running: Pass) -> bool:
+        """Take note; whether it is one that may have a row among all."""
+
+    def name_row(self, y: torch.Tensor, row: str) -> None:
+        """Say that an output has a row of this name."""
+
+
+class Pass:
+    """One forward pass whose outputs go to rows.
+
+    Attributes:
+        unsure: Whether sizes alone did not tell where the inputs lie, and nothing else did.
+
+    Args:
+        model: The model that is called.
+        rows: Where the outputs go.
+        samples: Number of inputs in the batch.
+        mask: Which positions count.
+        places: Where the inputs lie; ``None`` takes the first dimension.
+        trace: Sees all modules and functions; without one, only weighted layers are looked at.
     """
 
     def __init__(
-        self, model: nn.Module, rows: Rows, samples: int, mask: torch.Tensor | None = None
+        self,
+        model: nn.Module,
+        rows: Rows,
+        samples: int,
+        mask: torch.Tensor | None = None,
+        places: Places | None = None,
+        trace: Observer | None = None,
     ) -> None:
-        self._model, self._rows, self._samples, self._mask = model, rows, samples, mask
+        self._model, self._rows, self._samples, self.mask = model, rows, samples, mask
+        self._places, self._trace = places, trace
+        self.modules = dict(named_modules(model))
+        self._units: dict[torch.Size, int] = {}  # unit dimension of the latest, by shape
         self._counts: Counter[str] = Counter()
-        self._stack: list[tuple[str, nn.Module]] = [("", model)]
-        self._units: dict[tuple[int, ...], int] = {}  # unit dimension of the latest, by shape
-        self._last: torch.Tensor | None = None
-        self._recorder: Recorder | None = None
-        self._axes = Axes((), samples)
-        self.calls: tuple[Call, ...] = ()
+        self._seen: set[Key] = set()
+        self.unsure = False
 
-    @contextmanager
-    def watching(self, given: Any, layers: Layers, *, record: bool) -> Iterator[None]:
-        """Watch the model's next call, with these arguments."""
-        everything = layers is not None
-        with torch._C.DisableTorchFunction():  # other modes must not see this
-            found = [x for _, x in tensors(given, objects=DEPTH)]
-            self._axes = Axes(found, self._samples)
-        with ExitStack() as stack:
-            if everything:
-                self._watch_modules(stack)
-            else:
-                stack.enter_context(hooked(weighted_layers(self._model), self._after_layer))
-            if everything or record:
-                on_call = self._after_call if everything else None
-                with torch._C.DisableTorchFunction():
-                    inputs = list(inputs_of(self._model, given, self._samples))
-                self._recorder = Recorder(inputs, self._measure, on_call)
-                stack.enter_context(self._recorder)
-            over_inputs = self._rows.over_inputs
-            stack.enter_context(watching_sequences(self._model, self._axes, over_inputs))
-            stack.enter_context(self._axes)
-            yield
-        self.calls = tuple(self._recorder.calls) if self._recorder is not None else ()
+    def watch(self) -> AbstractContextManager[None]:
+        """Watch the model's next call."""
+        modules = None if self._trace is not None else watched(self._model)
+        return Watch(self._model, self.note, modules).watching()
 
-    def returned(self, output: Any) -> None:
-        """Take note of the model's output."""
-        if self._recorder is not None:
-            self._recorder.is_output(output)
+    def note(self, made: Output) -> None:
+        """Add an output to its row, if it has one."""
+        if isinstance(made.module, _SEQUENCES) and made.y.is_floating_point():
+            self._sequence(made, made.module)
+        wanted = self._trace is not None and self._trace.observe(made, self)
+        if not self._rows.everything:  # the first output of a weighted layer that has numbers
+            call = made.key[:2]
+            floating = made.y.is_floating_point() or made.y.is_complex()
+            wanted = is_weighted(made.module) and floating and call not in self._seen
+            self._seen.add(call) if wanted else None
+            made = made._replace(name=str(made.key[0]))
+        if wanted:
+            self._add(made)
 
-    def _watch_modules(self, stack: ExitStack) -> None:
-        for name, module in named_modules(self._model):
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-                continue
-            if module is not self._model:
-                before = partial(self._before_module, name)
-                stack.callback(module.register_forward_pre_hook(before).remove)
-            after = partial(self._after_module, name)
-            stack.callback(module.register_forward_hook(after, always_call=True).remove)
+    def _sequence(self, made: Output, module: Any) -> None:
+        try:
+            place = self.place(made)
+        except LostInputsError:
+            return
+        over = place is not None and place.dim == 0
+        if over and made.key[-1] in ("", "[0]") and (made.y.ndim == 2 or not module.batch_first):
+            self._rows.over_inputs[str(made.key[0])] = None
 
-    def _add(
-        self, name: str, module: nn.Module | None, kind: str, y: torch.Tensor, called: str = ""
-    ) -> None:
-        """One more output of this name; ``called`` is another name by which it may be chosen."""
-        self._counts[name] += 1
-        row = row_name(name, self._counts[name])
-        if row in self._rows.left_out or not self._rows.asks_for(module, row, name, called):
+    def _add(self, made: Output) -> None:
+        if not is_weighted(made.module) and not self._holds_inputs(made):
+            return
+        self._counts[made.name] += 1
+        row = row_name(made.name, self._counts[made.name])
+        names = (row, made.name, str(made.key[0]) if made.module is not None else made.name)
+        if row in self._rows.left_out or not self._rows.asks_for(made.module, *names):
             return
         try:
-            found = self._axes.apart(row, module, y, self._units.get(y.shape))
+            y, dims = self.apart(made, row)
         except ValueError as error:
             self._rows.leave_out(row, error, excusable=isinstance(error, MergedInputsError))
             return
-        if not self._rows.add(row, module, kind, found.y, found.dims, self._mask):
-            return
-        self._units[y.shape] = found.unit
-        if self._recorder is not None:
-            self._recorder.name_row(y, row)
-        self._last = y
+        self._rows.add(row, made.module, made.function, y, dims, self.mask)
+        if self._trace is not None:
+            self._trace.name_row(made.y, row)
 
-    def _after_layer(self, name: str, layer: nn.Module, y: torch.Tensor) -> None:
-        self._add(name, layer, type(layer).__name__, y)
-
-    def _before_module(self, name: str, module: nn.Module, given: Any) -> None:
-        self._stack.append((name, module))
-
-    def _after_module(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
-        if module is not self._model:
-            self._stack.pop()
-        if output is None or self._recorder is None:  # where it raised, for example
-            return
-        with torch._C.DisableTorchFunction():
-            self._recorder.passed(type(module).__name__, given, output)
-            for where, y in tensors(output):
-                seen = not _computes(module) and _same_entries(y, self._last)
-                if self._recorder.knows(y) and self._has_row(y) and not seen:
-                    self._add(name + where, module, type(module).__name__, y, name)
-
-    def _after_call(self, function: str, y: torch.Tensor) -> None:
-        name, module = self._stack[-1]
-        if not _computes(module) and self._has_row(y):  # such a module has its row as a whole
-            self._add(f"{name}/{function}".lstrip("/"), None, function, y)
-
-    def _has_row(self, y: torch.Tensor) -> bool:
-        if not y.is_floating_point() or y.ndim < 2 or not y.numel():
-            return False
-        axis = self._axes.of(y)
-        return axis is None or y.shape[axis] == self._samples or self._axes.merges(y)
-
-    def _measure(self, y: torch.Tensor) -> Measured | None:
-        if not self._has_row(y) or self._samples < 2 or self._axes.of(y) is None:
-            return None
-        found = self._axes.apart("", None, y, self._units.get(y.shape))
-        row = _Row("", found.y, found.dims, self._rows.positions)
+    def _holds_inputs(self, made: Output) -> bool:
         try:
-            row.update(found.y, found.dims, self._mask)
-        except (_check.NotFiniteError, MaskError):  # a mask, or what has other positions
-            return None
-        result = row.moments.result()
-        return Measured(float(result.sigma2), float(result.m2), float(result.mean.mean()) ** 2)
+            return self.place(made) is not None
+        except LostInputsError:
+            return True
+
+    def units(self, made: Output) -> None:
+        """Take note of where the units lie in an output, for others of its shape."""
+        own = unit_dimension(made.name, made.module, made.y)
+        if own is not None:
+            self._units[made.y.shape] = own
+
+    def place(self, made: Output) -> Place | None:
+        """Where the inputs lie in an output."""
+        y, samples = made.y, self._samples
+        if self._places is not None:
+            return self._places.of(made.key, y, samples)
+        first = y.shape[:1] == (samples,)
+        self.unsure |= not first or y.shape.count(samples) > 1
+        return Place(0) if first else None
+
+    def apart(self, made: Output, name: str) -> tuple[torch.Tensor, Dimensions]:
+        """An output with its inputs in a dimension of their own, and its dimensions.
+
+        Raises:
+            MergedInputsError: If the inputs are not kept apart.
+        """
+        y = made.y
+        if y.is_complex():
+            raise UnreadError("are complex")
+        if not has_numbers(y):
+            raise UnreadError("were made where no numbers can be read (torch.func, a compiler)")
+        place, samples = self.place(made), self._samples
+        size = samples if place is None else y.shape[place.dim]
+        axis = 0 if place is None else place.dim
+        axis, unit, positions = dimensions(name, made.module, y, size, self._units.get(y.shape), axis)
+        self._units[y.shape] = unit
+        if place is None or (merged := size // samples) == 1:
+            return y, (axis, unit, positions)
+        outer = merged if place.outer == -1 else place.outer
+        sizes = [x for x in (outer, samples, merged // outer) if x > 1]
+        here = axis + (outer > 1)
+        added = [dim for dim in range(axis, axis + len(sizes)) if dim != here]
+        later = [dim + (len(sizes) - 1) * (dim > axis) for dim in (unit, *positions)]
+        y = y.reshape(*y.shape[:axis], *sizes, *y.shape[axis + 1 :])
+        return y, (here, later[0], (*added, *later[1:]))
 
 
-def _computes(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own that computes; containers only pass on."""
-    own = type(module).__module__.startswith("torch.nn.")
-    return own and not isinstance(module, nn.Sequential | nn.Identity)
-
-
-def _same_entries(a: torch.Tensor, b: torch.Tensor | None) -> bool:
-    if b is None:
-        return False
-    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
+def watched(model: nn.Module) -> Mapping[str, nn.Module]:
+    """The modules whose outputs are looked at where functions are not: weighted layers, and
+    sequences, which may run over the inputs."""
+    return {
+        name: module
+        for name, module in named_modules(model)
+        if is_weighted(module) or isinstance(module, _SEQUENCES)
+    }

@@ -50,13 +50,23 @@ def divide_(layer: nn.Module, scale: torch.Tensor) -> None:
     weight: torch.Tensor | None = carrier(layer)
     assert weight is not None
     if scale.ndim == 0 or is_transposed(layer):
-        weight /= scale
+        weight /= like(scale, weight)
     elif isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
         # (in, out / groups, kernel...): unit u belongs to group u // (out / groups)
         by_group = weight.view(layer.groups, -1, *weight.shape[1:])
         by_group /= scale.reshape(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
     else:
-        weight /= along(scale, _unit_dim(layer), weight.ndim)
+        weight /= like(along(scale, _unit_dim(layer), weight.ndim), weight)
+
+
+def like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The values as they can be combined with a parameter: spread over devices, if that is."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values.to(parameter.dtype), mesh)
 
 
 def along(values: torch.Tensor, dim: int, ndim: int) -> torch.Tensor:

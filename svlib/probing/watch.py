@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,20 +15,29 @@ import torch
 from torch import nn
 
 from svlib import _check
-from svlib.probing.models import DEPTH, tensors, weighted_layers
-from svlib.probing.rows import Layers, Pass, Rows
+from svlib.probing.batches import Batch, Reading
+from svlib.probing.models import weighted_layers
+from svlib.probing.passes import Watch
+from svlib.probing.places import Places, leading
+from svlib.probing.rows import Layers, Pass, Rows, watched
+from svlib.probing.trace import Trace
 
 Log = Callable[[int, dict[str, float]], Any]
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class _Hook:
-    """A hook that copies and saved files of the model do not carry on."""
+    """A hook that copies and saved files of the model do not carry on, nor compilers trace."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 
     def __call__(self, *given: Any) -> None:
-        self._function(*given)
+        if not _is_traced():
+            self._function(*given)
 
     def __reduce__(self) -> Any:
         # of the standard library, so that a saved model does not need svlib: takes anything and
@@ -35,22 +45,41 @@ class _Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
+class _Watch(Watch):
+    """Goes on whatever happens to a measurement."""
+
+    failed: Callable[[Exception], Any]
+
+    def _before(self, *given: Any) -> None:
+        if not _is_traced():
+            super()._before(*given)
+
+    def _after(self, *given: Any) -> None:
+        if not _is_traced():
+            try:
+                super()._after(*given)
+            except Exception as error:
+                self.failed(error)
+
+
 class Probe:
     """Probe a model inside a training loop, every few steps, on the batches that it trains on.
 
     A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not
-    counted. Between the steps that are measured the model runs as if nothing were there. A step
-    goes on whatever happens to its measurement: a batch of one input, a skipped layer, an output
-    that is not finite have no row. Copies and saved files of the model do not measure.
+    counted. Between the steps that are measured the model runs as if nothing were there; a step
+    that is measured runs uncompiled. A step goes on whatever happens to its measurement: a batch of
+    one input, a skipped layer, an output that is not finite or, under ``torch.func`` or a compiler,
+    has no numbers, have no row. Copies and saved files of the model do not measure.
 
     Args:
-        model: Any module, neither compiled nor called through a compiled wrapper.
+        model: The module that the loop calls, compiled or not. What is called through a compiled
+            wrapper that is not given here runs as it does without, and is not measured.
         every: Measure steps 0, ``every``, 2 ``every``...
-        layers, positions, maximum: As in :func:`probe`.
+        layers, positions, inputs, maximum: As in :func:`probe`.
         log: Called with the number of a measured step and its values by "fraction/hidden.0" etc.
 
     Raises:
-        TypeError: If ``model`` is compiled or ``log`` cannot be called.
+        TypeError: If ``log`` cannot be called.
         ValueError: If ``layers`` is None and there is no weighted layer.
 
     Warns:
@@ -72,6 +101,7 @@ class Probe:
         every: int = 1,
         layers: Layers = None,
         positions: str = "samples",
+        inputs: int | None = None,
         maximum: bool = False,
         log: Log | None = None,
     ) -> None:
@@ -84,12 +114,14 @@ class Probe:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if self._layers is None:
             weighted_layers(model)
-        _refuse_compiled(model)
+        self._reading = Reading(inputs).checked()
         if not (log is None or callable(log)):
             raise TypeError(f"log must be a function of step and values, got {type(log).__name__}")
         self._model, self._steps, self._log = model, 0, log
         self._frames: list[pd.DataFrame] = []
         self._missed: Counter[str] = Counter()  # why steps were not measured
+        self._places: Places | None = None
+        self._leading: int | None = None
         self._hooks, self._measuring = ExitStack(), ExitStack()
 
     def __enter__(self) -> Probe:
@@ -102,7 +134,8 @@ class Probe:
         self._hooks.close()
         if kind is None and not self._frames:
             why = ", ".join(f"{reason} ({count})" for reason, count in self._missed.items())
-            reason = why or "the model itself was not called: call it as model(...), uncompiled"
+            reason = why or "the model itself was not called: call it as model(...), or give Probe "
+            reason += "" if why else "the compiled one that you call"
             warnings.warn(f"Probe measured nothing: {reason}", stacklevel=2)
 
     @property
@@ -119,25 +152,47 @@ class Probe:
         step, self._steps = self._steps, self._steps + 1
         if step % self._every:
             return
-        if (samples := _inputs(args, kwargs)) < 2:
-            got = "one input" if samples else "no tensor with a dimension"
-            self._missed[f"steps with {got}"] += 1
-            return
-        rows = self._rows()
-        keep = _Hook(lambda *_: self._keep(step, rows))
-
         try:
-            watching = Pass(model, rows, samples).watching(
-                (args, kwargs), self._layers, record=False
-            )
-            self._measuring.enter_context(watching)
-            # the last hooks of the model; the second runs also where the model raises
-            self._measuring.callback(model.register_forward_hook(keep).remove)
-            close = _Hook(lambda *_: self._measuring.close())
-            self._measuring.callback(model.register_forward_hook(close, always_call=True).remove)
+            self._watch(model, step, args, kwargs)
         except Exception as error:  # a step goes on
             self._measuring.close()
             self._missed[_failed("measure", step, error)] += 1
+
+    def _watch(self, model: nn.Module, step: int, args: Any, kwargs: Any) -> None:
+        batch = Batch(args, kwargs, self._reading.inputs or 0)
+        if not batch.samples:
+            batch = self._counted(model, batch)
+        if batch.samples < 2:
+            got = "one input" if batch.samples else "no tensor with a dimension"
+            self._missed[f"steps with {got}"] += 1
+            return
+        inner = getattr(model, "_orig_mod", model)
+        everything = self._layers is not None
+        if not self._frames and self._places is None:
+            self._places = Places.find(inner, batch, None if everything else watched(inner))
+        rows, stack = self._rows(), self._measuring
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        trace = Trace(inner, (args, kwargs), batch.samples) if everything else None
+        running = Pass(inner, rows, batch.samples, None, self._places, trace)
+        watching = _Watch(inner, running.note, None if everything else watched(inner))
+        watching.failed = lambda error: self._missed.update([_failed("measure", step, error)])
+        stack.enter_context(watching.watching())
+        # the last hooks of the model; the second runs also where the model raises
+        keep = _Hook(lambda *_: self._keep(step, rows))
+        stack.callback(model.register_forward_hook(keep).remove)
+        close = _Hook(lambda *_: stack.close())
+        stack.callback(model.register_forward_hook(close, always_call=True).remove)
+
+    def _counted(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with the number of its inputs, for which the first step is looked at."""
+        sizes = [x.size(0) if x.ndim and not x.is_nested else 0 for x in batch.tensors()]
+        if self._leading is None:
+            batch = batch._replace(samples=next((size for size in sizes if size), 0))
+            several = len({size for size in sizes if size > 1}) > 1
+            self._leading = leading(model, batch, sizes) if several else sizes.index(batch.samples)
+        at = self._leading
+        return batch._replace(samples=sizes[at] if at < len(sizes) else 0)
 
     def _keep(self, step: int, rows: Rows) -> None:
         """Store the rows of a step, and log them."""
@@ -157,19 +212,7 @@ class Probe:
             _failed("log", step, error)
 
 
-def _inputs(args: Any, kwargs: Any) -> int:
-    found = tensors((args, kwargs), objects=DEPTH)
-    return next((len(x) for _, x in found if x.ndim and not x.is_nested), 0)
-
-
 def _failed(what: str, step: int, error: Exception) -> str:
     text = f"Probe could not {what} step {step}: {type(error).__name__}: {error}"
     warnings.warn(text, stacklevel=3)
     return text
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            reason = "or hooks inside do not run"
-            raise TypeError(f"model must not be compiled, {reason}, got {type(model).__name__}")

@@ -1,0 +1,292 @@
+"""What helps, by trial: each cure is applied to a copy with weights of its own and measured.
+
+The columns are v^2/sigma^2 at the row of the finding and at the last one, the range of sigma^2 (its
+largest over its smallest value), the growth of squared gradients backwards, all decades by which
+findings are beyond their thresholds and, with a loss, the loss after fifty steps of Adam.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from svlib._random import stream
+from svlib.probing import init, removal
+from svlib.probing import operations as ops
+from svlib.probing.batches import Batch
+from svlib.probing.detectors import Finding, found
+from svlib.probing.models import structural_copy, weighted_layers
+from svlib.probing.places import Places
+from svlib.probing.probe import growth_between, measure, squared_gradients
+from svlib.probing.scales import carrier
+from svlib.probing.trace import Trace
+
+Loss = Callable[[Any], torch.Tensor]  # of an output
+STEPS, RATE = 50, 1e-3
+_PART = 8  # inputs that gradients are measured on
+
+
+class Cure(NamedTuple):
+    """A change of model or batch: its name, the code that makes it, and how it is made here."""
+
+    name: str
+    code: str
+    apply: Callable[[nn.Module, Batch], Batch]
+
+
+@contextmanager
+def own_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy whose weights may be changed."""
+    with structural_copy(model) as copied:
+        for parameter in copied.parameters():
+            parameter.data = parameter.data.clone()
+        yield copied
+
+
+def _changed(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module, Batch], Batch]:
+    def apply(model: nn.Module, batch: Batch) -> Batch:
+        change(model)
+        return batch
+
+    return apply
+
+
+def _weights(factors: dict[str, float]) -> Callable[[nn.Module, Batch], Batch]:
+    def change(model: nn.Module) -> None:
+        for name, factor in factors.items():
+            weight = carrier(model.get_submodule(name))
+            if weight is not None:
+                weight.data.mul_(factor)
+
+    return _changed(change)
+
+
+def _scaling(factors: dict[str, float]) -> str:
+    if len(factors) == 1:
+        ((name, factor),) = factors.items()
+        return f"model.get_submodule({name!r}).weight.data.mul_({factor:.3g})"
+    listed = ", ".join(f"{name!r}: {factor:.3g}" for name, factor in factors.items())
+    loop = "model.get_submodule(name).weight.data.mul_(factor)"
+    return f"for name, factor in {{{listed}}}.items(): {loop}"
+
+
+def _biases(names: Sequence[str] | None) -> Cure:
+    def change(model: nn.Module) -> None:
+        for name, layer in weighted_layers(model).items():
+            bias = layer._parameters.get("bias")
+            if bias is not None and (names is None or name in names):
+                bias.data.zero_()
+
+    code = "for layer in model.modules():\n    if getattr(layer, 'bias', None) is not None: "
+    code += "layer.bias.data.zero_()"
+    if names is not None:
+        code = "; ".join(f"model.get_submodule({n!r}).bias.data.zero_()" for n in names)
+    return Cure("biases 0", code, _changed(change))
+
+
+def _statistics(model: nn.Module, batch: Batch) -> Batch:
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    held = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
+    batch.copied(model).run(model)
+    for m, momentum in zip(norms, held, strict=True):
+        m.momentum = momentum
+        m.eval()
+    return batch
+
+
+def _recurrent(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            for name, parameter in module.named_parameters():
+                if "bias" in name:
+                    parameter.data.zero_()
+
+
+def _undropped(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> Iterator[Cure]:
+    """Cures that fit what was found."""
+    layers = weighted_layers(model)
+    kinds = {finding.kind for finding in findings}
+    causes = " ".join(finding.cause for finding in findings)
+    gains = {
+        name: node.operation.gain
+        for node in trace.nodes
+        if isinstance(node.operation, ops.Weights) and (name := _layer(trace, node, layers))
+    }
+    right = 2.0 if any(node.function == "relu" for node in trace.nodes) else 1.0
+    off = {n: math.sqrt(right / g) for n, g in gains.items() if g > 0 and not 0.7 < g / right < 1.4}
+    if off:
+        for place in {finding.place for finding in findings} & off.keys():
+            one = {place: off[place]}
+            yield Cure(f"weights of {place!r} at He's rule", _scaling(one), _weights(one))
+        code = _scaling(off) if len(off) < 6 else "for layer in model.modules():\n    if isinstance("
+        if len(off) >= 6:
+            code += "layer, (nn.Linear, nn.Conv2d)): nn.init.kaiming_normal_(layer.weight, "
+            code += "nonlinearity='relu')"
+        yield Cure("weights at He's rule", code, _weights(off))
+    if any(isinstance(n.operation, ops.Weights) and n.operation.bias.square for n in trace.nodes):
+        named = [f.place for f in findings if f.place in layers]
+        if "bias" in causes and named:
+            yield _biases(named)
+        yield _biases(None)
+    if "inputs" in kinds or "inputs" in causes:
+        code = "x = (x - x.mean(0)) / x.std(0)  # column by column, or channel by channel"
+        yield Cure("inputs standardized", code, lambda model, batch: batch.replaced(
+            lambda x: removal.standardized(x, batch.samples)))  # fmt: skip
+    if any("statistics" in node.extra for node in trace.nodes):
+        code = "model.train(); model(batch); model.eval()  # with momentum=None, over the data"
+        yield Cure("BatchNorm's statistics from data", code, _statistics)
+    if constants := trace.constants:
+        names = {n: r for n, r in constants.items() if r < 0.5}
+        code = "; ".join(f"model.get_parameter({n!r}).data.mul_({r:.2g})" for n, r in names.items())
+
+        def shrink(model: nn.Module) -> None:
+            for name, ratio in names.items():
+                model.get_parameter(name).data.mul_(ratio)
+
+        if names:
+            yield Cure("constants at the size of the signal", code, _changed(shrink))
+    ends = _branch_ends(trace, layers)
+    if len(ends) > 1:
+        factors = dict.fromkeys(ends, len(ends) ** -0.5)
+        yield Cure("branches multiplied by 1/√L", _scaling(factors), _weights(factors))
+    if sharp := _in_front_of_softmax(trace, layers):
+        yield Cure("smaller weights in front of softmax", _scaling(sharp), _weights(sharp))
+    if any(gate.endswith(" gate") for node in trace.nodes for gate in node.extra):
+        code = "for name, bias in model.named_parameters():\n    if 'bias_' in name: bias.data.zero_()"
+        yield Cure("biases of gates 0", code, _changed(_recurrent))
+    if "dropout" in causes:
+        yield Cure("no dropout", "model.eval()  # or a smaller p", _changed(_undropped))
+    yield Cure("total init", "sv.init.total_(model, batch)", _initialized(init.total_))
+    yield Cure("sample init", "sv.init.sample_(model, batch)", _initialized(init.sample_))
+
+
+def _initialized(initialize: Callable[..., Any]) -> Callable[[nn.Module, Batch], Batch]:
+    def apply(model: nn.Module, batch: Batch) -> Batch:
+        with warnings.catch_warnings(action="ignore"):
+            initialize(model, [batch])
+        return batch
+
+    return apply
+
+
+def _layer(trace: Trace, node: Any, layers: Any) -> str:
+    name = str(node.key[0])
+    return name if name in layers else ""
+
+
+def _branch_ends(trace: Trace, layers: Any) -> list[str]:
+    """Weighted layers at the end of branches that are added to what they started from."""
+    found = []
+    for node in trace.nodes:
+        if trace.is_sum(node) and len(node.parents) == 2:
+            a, b = node.parents
+            for branch, stream in ((a, b), (b, a)):
+                feed = next((n for n in reversed(trace.way(branch)) if n.weights), None)
+                above = {n.number for n in trace.upstream(branch)}
+                if feed is not None and stream in above and feed.number > stream:
+                    found.append(str(feed.key[0]))
+    return [name for name in dict.fromkeys(found) if name in layers]
+
+
+def _in_front_of_softmax(trace: Trace, layers: Any) -> dict[str, float]:
+    """Factors for the layers whose products are the scores of a sharp softmax."""
+    factors: dict[str, float] = {}
+    for node in trace.nodes:
+        if node.extra.get("sharpness", 0.0) > 0.5 and node.parents:
+            scores = trace.nodes[node.parents[0]].values
+            size = 9.0 if scores is None or not scores.sigma2 > 1 else scores.sigma2
+            for one in trace.upstream(node.number):
+                name = str(one.key[0]) if one.key else ""
+                if name in layers and one.number in trace.gates and one.weights:
+                    factors[name] = min(1.0, size**-0.25)
+    return factors
+
+
+def tried(
+    model: nn.Module,
+    batch: Batch,
+    places: Places | None,
+    positions: str,
+    trace: Trace,
+    findings: Sequence[Finding],
+    loss: Loss | None,
+) -> tuple[pd.DataFrame, dict[str, list[Finding]]]:
+    """The table of cures, "nothing" in its first row, and what is found after each."""
+    rows: list[dict[str, Any]] = []
+    after: dict[str, list[Finding]] = {}
+    nothing = Cure("nothing", "", lambda model, batch: batch)
+    place = findings[0].number
+    name = trace.nodes[place].place if place >= 0 else ""
+    for cure in (nothing, *candidates(model, trace, findings)):
+        try:
+            with own_copy(model) as copied, warnings.catch_warnings(action="ignore"):
+                changed = cure.apply(copied, batch)
+                new = measure(copied, [changed], None, positions, record=True, places=places).trace
+                assert new is not None
+                growth = gradients(copied, changed, new)
+                ended = math.nan if loss is None else _trained(copied, changed, loss)
+        except (RuntimeError, ValueError, AttributeError, TypeError):
+            continue  # it cannot be had of this model
+        after[cure.name] = found(new)
+        judged = [n.values for n in new.judged if n.values is not None and n.values.sigma2 > 0]
+        sizes = [values.sigma2 for values in judged]
+        here = next((n.values for n in new.nodes if n.place == name and n.values), None)
+        decades = sum(min(x.decades, 20.0) for x in after[cure.name] if not x.note)
+        rows.append(
+            {
+                "cure": cure.name,
+                "at the row": here.fraction if here else math.nan,
+                "at the output": judged[-1].fraction if judged else math.nan,
+                "range of σ²": max(sizes) / min(sizes) if sizes else math.nan,
+                "gradients": growth,
+                "decades": decades,
+                **({} if loss is None else {"loss": ended}),
+                "code": cure.code,
+            }
+        )
+    return pd.DataFrame(rows).set_index("cure"), after
+
+
+def gradients(model: nn.Module, batch: Batch, trace: Trace) -> float:
+    """Measure squared gradients of a part of a batch, put them into the trace, return their growth
+    backwards through layers of one size."""
+    part = batch.cut(min(_PART, max(2, batch.samples // 2))) or batch
+    squares, shapes = squared_gradients(model, part, stream(0, "direction"))
+    for node in trace.nodes:
+        if node.weights and node.place in squares:
+            node.gradient2 = squares[node.place]
+    return growth_between(list(squares.values()), list(shapes.values()))
+
+
+def _trained(model: nn.Module, batch: Batch, loss: Loss) -> float:
+    """The loss after some steps of Adam on one batch."""
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(weights, RATE)
+    value = math.nan
+    with torch.enable_grad():
+        for _ in range(STEPS + 1):
+            step = loss(batch.copied(model).run(model))
+            value = float(step.detach())
+            optimizer.zero_grad()
+            step.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return value
+

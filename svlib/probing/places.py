@@ -1,0 +1,222 @@
+"""Along which dimension of an output the inputs of a batch lie, by two small passes.
+
+Sizes alone do not tell where a sequence is as long as the batch. So the model runs on 3 and on 2
+inputs, in evaluation mode: the dimension of an output that differs is that of the inputs, and a
+third of its size says how many positions are merged with them. The values tell in which order, and
+whether the output of an input depends on the other inputs of its batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from svlib.probing.batches import Batch, Reading, as_batches
+from svlib.probing.models import LostInputsError, has_numbers, named_modules, structural_copy
+from svlib.probing.passes import Key, Output, Watch
+
+_MANY, _FEW = 3, 2
+_TOLERANCE = {torch.float16: 0.03, torch.bfloat16: 0.1}  # of rounding; others:
+_ROUNDING = 1e-3
+# functions that move entries and compute none
+PICKS = frozenset({"get", "getitem", "index_select", "gather", "take_along_dim", "roll", "flip"})
+RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"})
+TURNS = frozenset({"transpose", "swapaxes", "permute", "movedim", "moveaxis", "t"})
+MOVES = PICKS | RESHAPES | TURNS | {"contiguous", "clone", "split", "chunk", "unbind", "topk"}
+MOVES |= {"cat", "stack", "sort", "index", "masked_select", "expand", "detach", "swapdims"}
+
+
+class Place(NamedTuple):
+    """The inputs lie in this dimension, merged with ``outer`` positions before them (-1: with all
+    of the dimension's) and the rest behind them."""
+
+    dim: int
+    outer: int = 1
+
+
+class _Digest(NamedTuple):
+    """An output's shape, dtype, and for each dimension that may hold the inputs a weighted sum over
+    the others and its size, by which two passes are compared without keeping them."""
+
+    shape: torch.Size
+    sums: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    tolerance: float
+    function: str
+
+
+def _digest(made: Output, inputs: int) -> _Digest:
+    y, sums = made.y, {}
+    if y.is_floating_point() and y.ndim and y.numel() and y.layout is torch.strided:
+        z = y.detach().nan_to_num(0.0, 0.0, 0.0).double()
+        for dim, size in enumerate(y.shape):
+            if size % inputs == 0:
+                flat = z.movedim(dim, 0).reshape(size, -1)
+                weights = torch.arange(1, flat.shape[1] + 1, device=y.device).double().cos()
+                sums[dim] = flat @ weights, (flat.square() @ weights.square()).sqrt()
+    tolerance = _TOLERANCE.get(y.dtype, _ROUNDING)
+    return _Digest(y.shape, sums, tolerance, made.function)
+
+
+class Places:
+    """Where the inputs lie in the outputs of a model's forward pass.
+
+    Attributes:
+        mixing: Name of the module or function whose output for one input is the first that depends
+            on the other inputs of the batch; empty if there is none. Evaluation mode: BatchNorm
+            does not count.
+        shuffled: Whether it moved entries, so that what follows does not keep the inputs apart.
+    """
+
+    def __init__(
+        self, many: Mapping[Key, _Digest], few: Mapping[Key, _Digest], random: frozenset[Key]
+    ) -> None:
+        self._places: dict[Key, Place | None] = {}
+        mixed = []
+        for key in many.keys() & few.keys():
+            place, apart = _compared(many[key], few[key])
+            self._places[key] = place
+            if not apart and key not in random:
+                mixed.append(key)
+        order = {key: number for number, key in enumerate(many)}
+        self._mixed = frozenset(mixed)
+        first = min(mixed, key=order.__getitem__, default=None)
+        self.mixing = "" if first is None else _told(first)
+        self.shuffled = first is not None and many[first].function in MOVES
+
+    @classmethod
+    def find(
+        cls, model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module] | None
+    ) -> Places | None:
+        """By passes of 3 and of 2 inputs, ``None`` if a batch cannot be cut so.
+
+        ``modules`` are watched alone; ``None`` watches functions too.
+        """
+        many = _run(model, batch, _MANY, modules)
+        few = None if many is None else _run(model, batch, _FEW, modules)
+        if many is None or few is None:
+            return None
+        found = cls(many, few, frozenset())
+        if not found._mixed:
+            return found
+        if modules is not None:  # where it is mixed, functions tell
+            return cls.find(model, batch, None)
+        again = _run(model, batch, _MANY, modules, seed=1) or {}
+        random = {key for key in many.keys() & again.keys() if not _alike(many[key], again[key])}
+        return cls(many, few, frozenset(random))
+
+    def leads(self) -> bool:
+        """Whether the inputs lie first in an output of the model."""
+        own = [place for key, place in self._places.items() if key[0] == "" and len(key) == 3]
+        return any(place is not None and place.dim == 0 for place in own)
+
+    def of(self, key: Key, y: torch.Tensor, samples: int) -> Place | None:
+        """The place of the inputs in an output, ``None`` if its size does not depend on them.
+
+        Raises:
+            LostInputsError: If it cannot be told.
+        """
+        lost = self.shuffled and key in self._mixed
+        if key not in self._places and not lost:
+            return Place(0) if y.shape[:1] == (samples,) else None
+        place = None if lost else self._places[key]
+        if lost or (place is not None and y.shape[place.dim] % samples):
+            shape = tuple(y.shape)
+            text = f"must show which dimension is that of the {samples} inputs, got {shape}"
+            raise LostInputsError(text)
+        return place
+
+
+def read_batches(
+    model: nn.Module, batches: Any, reading: Reading | None = None
+) -> Iterator[Batch]:
+    """The batches of :func:`as_batches`; where their tensors have different first dimensions, the
+    inputs are those along which the model's output has its first."""
+    chosen: int | None = None
+    told = reading is not None and (reading.inputs or reading.call)
+    for batch in as_batches(model, batches, reading):
+        sizes = [len(x) if x.ndim else 0 for x in batch.tensors()]
+        if not told and len({size for size in sizes if size > 1}) > 1:
+            if chosen is None:
+                chosen = leading(model, batch, sizes)
+            if chosen < len(sizes):
+                batch = batch._replace(samples=sizes[chosen])
+        yield batch
+
+
+def leading(model: nn.Module, batch: Batch, sizes: list[int]) -> int:
+    """Which tensor's first dimension is that of the inputs: the first, if none tells."""
+    tried = [size for size in dict.fromkeys(sizes) if size > 1]
+    for size in tried:
+        found = Places.find(model, batch._replace(samples=size), {"": model})
+        if found is not None and found.leads():
+            return sizes.index(size)
+    return sizes.index(batch.samples) if batch.samples in sizes else 0
+
+
+def _told(key: Key) -> str:
+    return f"{key[0]}/{key[2]}".lstrip("/") if len(key) == 5 else str(key[0])
+
+
+def _compared(many: _Digest, few: _Digest) -> tuple[Place | None, bool]:
+    """The place of the inputs, and whether an input's output is the same in both passes."""
+    if len(many.shape) != len(few.shape):
+        return None, True
+    dims = [dim for dim in range(len(many.shape)) if many.shape[dim] != few.shape[dim]]
+    if len(dims) != 1 or many.shape[dims[0]] * _FEW != few.shape[dims[0]] * _MANY:
+        return None, True
+    (dim,) = dims
+    if dim not in many.sums or dim not in few.sums:
+        return Place(dim), True
+    merged = many.shape[dim] // _MANY
+    (a, size), (b, _) = many.sums[dim], few.sums[dim]
+    for outer in (n for n in range(1, merged + 1) if merged % n == 0):
+        new, old = (x.reshape(outer, n, -1)[:, :_FEW] for x, n in ((a, _MANY), (b, _FEW)))
+        largest = size.reshape(outer, _MANY, -1)[:, :_FEW]
+        if bool(((new - old).abs() <= many.tolerance * largest + 1e-30).all()):
+            return Place(dim, -1 if outer == merged > 1 else outer), True
+    return Place(dim), False
+
+
+def _alike(a: _Digest, b: _Digest) -> bool:
+    """Whether two passes of the same inputs agree."""
+    if a.shape != b.shape:
+        return False
+    pairs = ((a.sums[dim], b.sums[dim]) for dim in a.sums)
+    return all(bool(((x - y).abs() <= a.tolerance * s + 1e-30).all()) for (x, s), (y, _) in pairs)
+
+
+def _run(
+    model: nn.Module,
+    batch: Batch,
+    inputs: int,
+    modules: Mapping[str, nn.Module] | None,
+    seed: int | None = None,
+) -> dict[Key, _Digest] | None:
+    """Digests of all outputs for so many inputs; ``None`` if the batch cannot be cut."""
+    digests: dict[Key, _Digest] = {}
+
+    def note(made: Output) -> None:
+        if has_numbers(made.y):
+            digests[made.key] = _digest(made, inputs)
+
+    with warnings.catch_warnings(action="ignore"), structural_copy(model) as copied:
+        cut = batch.cut(inputs)
+        if cut is None:
+            return None
+        copied.eval()
+        if seed is not None:
+            torch.manual_seed(seed)
+        named: Any = modules
+        if modules is not None:
+            named = {k: m for k, m in named_modules(copied) if k in modules}
+        try:
+            with Watch(copied, note, named).watching():
+                cut.run(copied)
+        except Exception:  # the batch is no set of inputs that may be fewer
+            return None
+    return digests
+

@@ -1,0 +1,422 @@
+"""The trace of a forward pass: every function on the way from inputs to outputs, measured.
+
+What is judged follows from modules and graph: outputs of weighted layers, of normalizations, and
+sums of two signals, unless they open a gate (all ways on lead through a bounded or positive
+function into a product) or do not depend on inputs that vary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from svlib import _check
+from svlib.probing import operations as ops
+from svlib.probing.extras import extras, gates
+from svlib.probing.models import (
+    DEPTH,
+    has_numbers,
+    is_weighted,
+    named_modules,
+    row_name,
+    storage,
+    tensors,
+)
+from svlib.probing.passes import Key, Output
+from svlib.probing.rows import Pass, Row, Values
+
+RECTIFIERS = frozenset({"relu", "relu6", "threshold", "clamp", "clamp_min", "hardtanh", "clip"})
+SMOOTH = frozenset({"gelu", "silu", "mish", "hardswish"})
+BOUNDED = frozenset({"sigmoid", "tanh", "softmax", "hardsigmoid", "hardtanh", "erf", "softsign"})
+ACTIVATIONS = RECTIFIERS | SMOOTH | BOUNDED | {"leaky_relu", "elu", "selu", "celu", "softplus"}
+ACTIVATIONS |= {"abs", "exp", "square", "sin", "log_softmax", "logsigmoid", "prelu", "rrelu"}
+POOLS = frozenset(f"{k}_pool{d}d" for d in (1, 2, 3) for k in ("avg", "max", "lp"))
+POOLS |= {f"adaptive_{k}_pool{d}d" for d in (1, 2, 3) for k in ("avg", "max")}
+AVERAGES = POOLS | {"mean", "sum", "amax", "max", "logsumexp", "einsum", "matmul", "rmatmul", "bmm"}
+AVERAGES |= {"mm", "index_add", "scatter_add", "scatter_reduce", "scaled_dot_product_attention"}
+AVERAGES |= {"multi_head_attention_forward", "nanmean", "median"}
+_OPENING = BOUNDED | {"exp", "softplus", "log_softmax", "normalize", "sin", "cos", "relu", "silu"}
+_MULTIPLYING = ops.PRODUCTS | ops.QUOTIENTS | {"matmul", "rmatmul", "bmm", "einsum", "baddbmm"}
+_ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
+_PASSING = ops.MOVES | {"getitem", "split", "chunk", "unbind", "dropout", "neg", "masked_fill"}
+
+
+@dataclass(eq=False)
+class Node:
+    """An output of a function (of a module, where no function was seen) on the way of the inputs.
+
+    Attributes:
+        place: Where it is: name of the layer, or of the module and the function called in it.
+        parents: Numbers of the nodes whose outputs it took.
+        values: What was measured, ``None`` if the inputs are not apart in it or it holds no real
+            numbers. A view has those of what it views.
+        varies: Whether it depends on an input that differs within the batch.
+        weights: Whether it is the output of a weighted layer.
+        finite: Whether all entries are.
+        gradient2: Mean square of the gradient, where it was measured.
+    """
+
+    number: int
+    function: str
+    place: str
+    operation: ops.Operation
+    parents: tuple[int, ...] = ()
+    values: Values | None = None
+    varies: bool = True
+    weights: bool = False
+    norm: bool = False
+    finite: bool = True
+    is_output: bool = False
+    view: bool = False
+    key: Key = ()
+    rows: tuple[str, ...] = ()
+    origins: frozenset[int] = frozenset()
+    shape: tuple[int, ...] = ()
+    unit: int | None = None
+    gradient2: float = math.nan
+    extra: dict[str, float] = field(default_factory=dict)
+    constants: dict[str, float] = field(default_factory=dict)  # parameters and mean squares
+
+
+class Trace:
+    """The nodes of one pass, and the questions that are asked of their graph."""
+
+    def __init__(self, model: nn.Module, given: Any, samples: int, positions: str = "samples"):
+        self.nodes: list[Node] = []
+        self._number = WeakTensorKeyDictionary()
+        self._counts: Counter[str] = Counter()
+        self._held: list[torch.Tensor] = []  # weights: an address may not be used again
+        self._positions, self._samples = positions, samples
+        modules = dict(named_modules(model))
+        self._parameters = {storage(x): name for name, x in model.named_parameters()}
+        self._weighted = {name for name, module in modules.items() if is_weighted(module)}
+        for name, x in named_inputs(model, given):
+            holds = x.ndim > 0 and len(x) == samples and x.layout is torch.strided
+            varies = x.ndim > 0 and not (holds and samples > 1 and bool((x == x[:1]).all()))
+            node = Node(len(self.nodes), "input", name, ops.Input(name, varies), varies=varies)
+            node.origins, node.shape = frozenset({-1 - node.number}), tuple(x.shape)
+            if holds and samples > 1 and x.is_floating_point() and bool(x.isfinite().all()):
+                _describe(node, x.detach(), positions)
+            self._number[x] = node.number
+            self.nodes.append(node)
+
+    def observe(self, made: Output, running: Pass) -> bool:
+        """Add an output; whether it is one that may have a row among all."""
+        if made.module is not None:
+            return self._of_module(made, running)
+        given = made.given[:1] if made.function in ops.LENDS else made.given
+        given = given[:3] if made.function in _ATTENTION else given
+        given = given[1:] if made.function == "where" else given
+        parents = tuple(dict.fromkeys(self._number[x] for x in given if x in self._number))
+        if not parents:
+            return False
+        operation = self._operation(made, parents)
+        node = self._add(made, operation, parents, running)
+        node.weights = made.function in ops.WEIGHTED and made.key[0] not in self._weighted
+        owner = running.modules.get(str(made.key[0]))
+        inside = owner is not None and computes(owner)
+        return made.computed and not inside and may_have_row(made.y)
+
+    def _of_module(self, made: Output, running: Pass) -> bool:
+        y, module = made.y, made.module
+        known = y in self._number
+        if not known:  # functions of autograd are not seen as calls
+            parents = tuple(dict.fromkeys(self._number[x] for x in made.given if x in self._number))
+            if parents:
+                self._add(made, ops.Beyond(made.function), parents, running)
+        if y not in self._number:
+            return False
+        node = self.nodes[self._number[y]]
+        assert module is not None
+        if made.key[-1] == "[0]":
+            node.extra |= gates(module, made.call[0], (y,))
+        norm = None if node.function in ops.NORMS else ops.norm_of(module)
+        if norm is not None:
+            parents = tuple(self._number[x] for x in made.given if x in self._number)
+            node.operation, node.norm, node.parents = norm, True, parents[:1] or node.parents
+            node.function = norm.kind
+        weighted = is_weighted(module) and y.is_floating_point()
+        fresh = not node.rows or computes(module)
+        if weighted or (fresh and computes(module)):
+            node.place = row_name(str(made.key[0] if weighted else made.name), int(made.key[1]))
+            node.weights |= weighted
+            if weighted and node.values is None and node.finite:
+                self._measure(node, made, running)
+        return may_have_row(y) and fresh
+
+    def _add(
+        self, made: Output, operation: ops.Operation, parents: tuple[int, ...], running: Pass
+    ) -> Node:
+        self._counts[made.name] += 1
+        place = row_name(made.name, self._counts[made.name])
+        node = Node(len(self.nodes), made.function, place, operation, parents)
+        node.key, node.norm = made.key, made.function in ops.NORMS
+        node.varies = any(self.nodes[parent].varies for parent in parents)
+        node.shape = tuple(made.y.shape)
+        if made.function in ops.WEIGHTED:
+            weight = ops.weight_of(made.function, *made.call)
+            self._held.append(weight)
+            node.origins = frozenset({storage(weight)})
+        else:
+            node.origins = frozenset[int]().union(*(self.nodes[p].origins for p in parents))
+        if made.function in ops.SUMS | {"cat", "concat", "stack"}:
+            held = [(self._parameters.get(storage(x)), x) for x in made.given]
+            node.constants = {name: ops.mean_square(x) for name, x in held if name is not None}
+        self._number[made.y] = node.number
+        self.nodes.append(node)
+        if made.computed or made.function not in ops.MOVES:
+            self._measure(node, made, running)
+        else:
+            node.values, node.view = self.nodes[parents[0]].values, True
+        if has_numbers(made.y):
+            with suppress(RuntimeError, TypeError, ValueError, IndexError):  # of odd arguments
+                node.extra |= extras(made, node.values, self.nodes[parents[0]].values)
+        return node
+
+    def _measure(self, node: Node, made: Output, running: Pass) -> None:
+        y = made.y
+        if not (y.is_floating_point() and y.ndim > 1 and y.numel()):
+            return
+        try:
+            y, dims = running.apart(made, node.place)
+            node.unit = dims[1] if y is made.y else None
+            row = Row(made.function, y, dims, self._positions, directions=True)
+            node.values = row.update(y, dims, running.mask).values()
+        except _check.NotFiniteError:
+            node.finite = False
+        except (ValueError, RuntimeError):  # not apart, fewer than two inputs, another mask
+            return
+
+    def _operation(self, made: Output, parents: tuple[int, ...]) -> ops.Operation:
+        name, (args, kwargs) = made.function, made.call
+        nodes = [self.nodes[parent] for parent in parents]
+        if name in ops.SUMS and len(parents) == 2:
+            if nodes[0].origins & nodes[1].origins:
+                return ops.Beyond("add of dependent signals")
+            return ops.Sum() if nodes[0].shape == nodes[1].shape else ops.Beyond("add")
+        if len(parents) > 1:
+            return ops.Beyond(f"{name} of several signals")
+        moved = name in ops.RESHAPES and made.y.ndim == 2 < len(nodes[0].shape)
+        if moved and sum(size > 1 for size in nodes[0].shape[1:]) > 1:
+            return ops.Beyond("flatten of positions")
+        try:
+            return ops.operation_of(name, args, kwargs, made.y)
+        except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError):
+            return ops.Beyond(name)
+
+    def name_row(self, y: torch.Tensor, row: str) -> None:
+        """Say that an output has a row of this name."""
+        if y in self._number:
+            node = self.nodes[self._number[y]]
+            node.rows = (*node.rows, row)
+
+    def is_output(self, output: Any) -> None:
+        """Say what the model returned."""
+        for _, y in tensors(output, objects=DEPTH):
+            if y in self._number and y.is_floating_point():
+                self.nodes[self._number[y]].is_output = True
+
+    def finish(self) -> Trace:
+        """Forget the tensors."""
+        self._number, self._held = WeakTensorKeyDictionary(), []
+        return self
+
+    @cached_property
+    def constants(self) -> dict[str, float]:
+        """Parameters that are put beside or added to a signal, and what would give them its size."""
+        found: dict[str, float] = {}
+        for node in self.nodes:
+            for name, square in node.constants.items():
+                values = self.nodes[node.parents[0]].values
+                if values is not None and square > 0:
+                    found[name] = math.sqrt(values.sigma2 / square)
+        return found
+
+    @cached_property
+    def children(self) -> list[list[int]]:
+        """Numbers of the nodes that took each node's output."""
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for parent in node.parents:
+                found[parent].append(node.number)
+        return found
+
+    @cached_property
+    def gates(self) -> frozenset[int]:
+        """Nodes whose every way on leads through a bounded or positive function to a product."""
+        ways: dict[tuple[int, bool], bool] = {}
+
+        def opens(number: int, bounded: bool) -> bool:
+            if (number, bounded) in ways:
+                return ways[number, bounded]
+            ways[number, bounded] = False
+            children = [self.nodes[child] for child in self.children[number]]
+            found = bool(children) and not self.nodes[number].is_output
+            for child in children:
+                several = len(child.parents) > 1
+                if child.function in _ATTENTION:
+                    found &= child.parents[-1] != number or len(child.parents) == 1
+                elif child.function in _MULTIPLYING and several:
+                    scores = child.function in _MULTIPLYING - ops.PRODUCTS
+                    found &= bounded or (scores and opens(child.number, False))
+                elif child.function in ops.SUMS and not several:
+                    found &= opens(child.number, True)  # 1 + x
+                elif child.function in _OPENING:
+                    found &= opens(child.number, True)
+                elif child.function in _PASSING | ops.PRODUCTS | ops.QUOTIENTS | ops.NORMS:
+                    found &= opens(child.number, bounded)
+                else:
+                    found = False
+            ways[number, bounded] = found
+            return found
+
+        return frozenset(node.number for node in self.nodes if opens(node.number, False))
+
+    def is_sum(self, node: Node) -> bool:
+        """Whether a node adds two signals that vary."""
+        varying = [p for p in node.parents if self.nodes[p].varies and self.nodes[p].values]
+        return node.function in ops.SUMS and len(varying) > 1
+
+    @cached_property
+    def judged(self) -> list[Node]:
+        """Nodes that are judged, in execution order."""
+        return [
+            node
+            for node in self.nodes
+            if (node.weights or node.norm or self.is_sum(node))
+            and node.varies
+            and node.values is not None
+            and node.number not in self.gates
+        ]
+
+    @cached_property
+    def _judged(self) -> frozenset[int]:
+        return frozenset(node.number for node in self.judged)
+
+    def is_judged(self, number: int) -> bool:
+        """Whether a node is judged."""
+        return number in self._judged
+
+    def way(self, number: int) -> list[Node]:
+        """From an input to a node, along the parents of largest sigma^2 that vary."""
+        way = [self.nodes[number]]
+        while parents := [self.nodes[p] for p in way[0].parents if self.nodes[p].varies]:
+            held = [node for node in parents if node.values is not None] or parents
+            sizes = [-1.0 if node.values is None else node.values.sigma2 for node in held]
+            way.insert(0, held[sizes.index(max(sizes))])
+        return way
+
+    def next(self, number: int) -> list[Node]:
+        """The nearest judged nodes behind a node."""
+        found, open_, seen = [], [*self.children[number]], {number}
+        while open_:
+            at = open_.pop(0)
+            if at not in seen:
+                seen.add(at)
+                if at in self._judged:
+                    found.append(self.nodes[at])
+                else:
+                    open_ += self.children[at]
+        return found
+
+    def leaves(self, number: int) -> bool:
+        """Whether a node reaches an output with no judged node behind."""
+        return not self.next(number)
+
+    def upstream(self, number: int) -> list[Node]:
+        """The nodes that a node depends on, and itself, in execution order."""
+        found, open_ = {number}, [number]
+        while open_:
+            for parent in self.nodes[open_.pop()].parents:
+                if parent not in found:
+                    found.add(parent)
+                    open_.append(parent)
+        return [self.nodes[at] for at in sorted(found)]
+
+    def change(self, node: Node, column: str = "spread") -> float:
+        """Change of the logarithm of v^2/sigma^2 (or another value) from the largest of its parents
+        to a node."""
+        parents = [self.nodes[p] for p in node.parents if self.nodes[p].varies]
+        held = [p for p in parents if p.values is not None]
+        if node.values is None or not held:
+            return 0.0
+        before = max(held, key=lambda p: -1.0 if p.values is None else p.values.sigma2)
+        a, b = getattr(before.values, column), getattr(node.values, column)
+        return math.log(max(b, 1e-12) / max(a, 1e-12))
+
+    def frame(self) -> pd.DataFrame:
+        """The nodes as a table: place, function, whether judged, sigma2, m2, v2 and fraction."""
+        return pd.DataFrame(
+            {
+                "place": node.place,
+                "function": node.function,
+                "judged": node.number in self._judged,
+                **{
+                    name: math.nan if node.values is None else getattr(node.values, name)
+                    for name in ("m2", "v2", "sigma2", "fraction", "dead")
+                },
+                "parents": node.parents,
+            }
+            for node in self.nodes
+        )
+
+
+def _describe(node: Node, x: torch.Tensor, positions: str) -> None:
+    """Measure an input: its values, its size, and how far its columns or channels are off 0."""
+    x = x[:, None] if x.ndim == 1 else x
+    unit = 1 if x.ndim > 3 else x.ndim - 1
+    dims = 0, unit, tuple(dim for dim in range(1, x.ndim) if dim != unit)
+    node.values, node.unit = Row("input", x, dims, positions).update(x, dims).values(), unit
+    flat = x.movedim(unit, -1).flatten(0, -2).double()
+    mean, deviation = flat.mean(0), flat.std(0)
+    kept = deviation > 1e-6 * mean.abs()
+    node.extra["rms"] = float(flat.square().mean().sqrt())
+    if bool(kept.any()):
+        off = (mean[kept] / deviation[kept]).abs()
+        node.extra |= {
+            "off": float(off.max()),
+            "column": float(kept.nonzero()[int(off.argmax()), 0]),
+            "columns": float(deviation[kept].max() / deviation[kept].min()),
+            "largest": float(kept.nonzero()[int(deviation[kept].argmax()), 0]),
+            "number": float(flat.shape[1]),
+        }
+
+
+def computes(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own that computes; containers only pass on."""
+    own = type(module).__module__.startswith("torch.nn.")
+    return own and not isinstance(module, nn.Sequential | nn.Identity)
+
+
+def may_have_row(y: torch.Tensor) -> bool:
+    """Whether an output may have a row among all."""
+    return y.is_floating_point() and y.ndim > 1 and y.numel() > 0
+
+
+def named_inputs(model: nn.Module, given: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor among a model's arguments (args, kwargs), with the name of its argument."""
+    args, kwargs = given
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    except (TypeError, ValueError):
+        named = []
+    names: Iterable[str] = [
+        *named[: len(args)],
+        *(f"argument {n}" for n in range(len(named), len(args))),
+    ]
+    for name, value in (*zip(names, args, strict=False), *dict(kwargs).items()):
+        for where, x in tensors(value, objects=DEPTH):
+            yield f"{name}{where}", x
