@@ -98,11 +98,12 @@ class Batch(NamedTuple):
         device, _ = _place(model)
         return self.replaced(lambda x: x.detach().to(device, copy=True))
 
-    def cut(self, inputs: int) -> Batch | None:
-        """So many of the inputs, from the beginning again where there are fewer; ``None`` if no
-        part of the batch holds one input after another."""
+    def cut(self, inputs: int | Sequence[int]) -> Batch | None:
+        """So many of the inputs, or those of these numbers, from the beginning again where there
+        are fewer; ``None`` if no part of the batch holds one input after another."""
         parts = [0]
-        index = torch.arange(inputs) % self.samples
+        numbers = range(inputs) if isinstance(inputs, int) else inputs
+        index = torch.tensor(list(numbers)) % self.samples
 
         def cut(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -124,7 +125,7 @@ class Batch(NamedTuple):
             return None
         args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
         mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
-        return self._replace(args=args, kwargs=kwargs, samples=inputs, mask=mask)
+        return self._replace(args=args, kwargs=kwargs, samples=len(index), mask=mask)
 
     def run(self, model: nn.Module) -> Any:
         """The model's output.
@@ -151,6 +152,11 @@ class Batch(NamedTuple):
             reason = str(error).splitlines()[0]
             got = f"got {types[0]}, and it does not cast them ({reason})"
             raise TypeError(f"batches must be of the model's {dtype}, {got}") from error
+        except Exception as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in self.tensors()[:5])
+            error.add_note(f"the model was called with tensors of {shapes}; inputs= and call= say "
+                           f"how a batch is to be read")  # fmt: skip
+            raise
 
 
 def _dim_of_inputs(x: torch.Tensor, samples: int) -> int | None:
@@ -179,7 +185,8 @@ def as_batches(model: nn.Module, batches: Any, reading: Reading | None = None) -
     if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
         if reading.call is None or isinstance(batches, str | bytes):
             wanted = "a tensor or an iterable of tensors, tuples or dicts"
-            raise TypeError(f"batches must be {wanted}, got {type(batches).__name__}")
+            way = "a function call= of model and batch takes any batch"
+            raise TypeError(f"batches must be {wanted}, got {type(batches).__name__}: {way}")
         batches = (batches,)
     for batch in batches:
         yield batch if isinstance(batch, Batch) else _read(model, batch, reading)

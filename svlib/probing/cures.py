@@ -25,7 +25,7 @@ from svlib.probing.batches import Batch
 from svlib.probing.detectors import Finding, found
 from svlib.probing.models import structural_copy, weighted_layers
 from svlib.probing.places import Places
-from svlib.probing.probe import growth_between, measure, squared_gradients
+from svlib.probing.probe import measure, squared_gradients
 from svlib.probing.scales import carrier
 from svlib.probing.trace import Trace
 
@@ -241,7 +241,7 @@ def tried(
                 changed = cure.apply(copied, batch)
                 new = measure(copied, [changed], None, positions, record=True, places=places).trace
                 assert new is not None
-                growth = gradients(copied, changed, new)
+                gradients(copied, changed, new, whole=places is None)
                 ended = math.nan if loss is None else _trained(copied, changed, loss)
         except (RuntimeError, ValueError, AttributeError, TypeError):
             continue  # it cannot be had of this model
@@ -256,7 +256,7 @@ def tried(
                 "at the row": here.fraction if here else math.nan,
                 "at the output": judged[-1].fraction if judged else math.nan,
                 "range of σ²": max(sizes) / min(sizes) if sizes else math.nan,
-                "gradients": growth,
+                "gradients": math.exp(min(700.0, sum(new.gradient_steps().values()))),
                 "decades": decades,
                 **({} if loss is None else {"loss": ended}),
                 "code": cure.code,
@@ -265,15 +265,15 @@ def tried(
     return pd.DataFrame(rows).set_index("cure"), after
 
 
-def gradients(model: nn.Module, batch: Batch, trace: Trace) -> float:
-    """Measure squared gradients of a part of a batch, put them into the trace, return their growth
-    backwards through layers of one size."""
-    part = batch.cut(min(_PART, max(2, batch.samples // 2))) or batch
-    squares, shapes = squared_gradients(model, part, stream(0, "direction"))
+def gradients(model: nn.Module, batch: Batch, trace: Trace, *, whole: bool) -> None:
+    """Measure squared gradients of a part of a batch, or of the whole, and put them into the
+    trace."""
+    part = None if whole else batch.cut(min(_PART, max(2, batch.samples // 2)))
+    part = part or batch
+    squares, _ = squared_gradients(model, part, stream(0, "direction"))
     for node in trace.nodes:
         if node.weights and node.place in squares:
             node.gradient2 = squares[node.place]
-    return growth_between(list(squares.values()), list(shapes.values()))
 
 
 def _trained(model: nn.Module, batch: Batch, loss: Loss) -> float:

@@ -41,6 +41,7 @@ WORSE = 1.5
 PADDED = 0.2
 """Fraction of padding in an input."""
 _BEYOND_ALL = 16.0  # decades of what is exactly 0
+_NOTHING_PASSES = 14.0
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _dead(trace: Trace) -> Iterator[Finding]:
     feed = feeding(trace, node)
     text = f"{share:.0%} of the units of {feed.place!r} pass nothing through {node.function} for any "
     text += f"input{f' ({len(held)} such layers)' if len(held) > 1 else ''}."
-    decades = 1.0 if share > 0.99 else math.log10(share / DEAD)
+    decades = _NOTHING_PASSES if share == 1 else math.log10(share / DEAD)
     yield Finding("dead units", feed.place, text, share, decades, number=node.number)
 
 
@@ -405,16 +406,21 @@ def _between(trace: Trace, number: int, child: Node) -> list[Node]:
 def _gradients(trace: Trace) -> Iterator[Finding]:
     held = [n for n in trace.judged if n.weights and not math.isnan(n.gradient2)]
     zero = [n for n in held if n.gradient2 == 0 and n.values is not None and n.values.sigma2 > 0]
-    if any(n.gradient2 > 0 for n in held) and zero:
+    blocked = any(n.extra.get("dead") == 1 for n in trace.nodes)  # which says why
+    if any(n.gradient2 > 0 for n in held) and zero and not blocked:
         node = zero[-1]
-        text = f"no gradient comes back to {node.place!r} ({len(zero)} of {len(held)} layers)."
-        yield Finding("gradients", node.place, text, 0.0, _BEYOND_ALL, number=node.number)
-    total, steps = 0.0, {}
-    for a, b in zip(held, held[1:], strict=False):
-        if a.shape == b.shape and a.gradient2 > 0 and b.gradient2 > 0:
-            steps[a.place, b.place] = math.log(a.gradient2 / b.gradient2)
-            total += steps[a.place, b.place]
-    if not steps or abs(total) < math.log(GROWTH):
+        behind = [n for n in trace.next(node.number) if n.weights and n.values is not None]
+        if behind and all(n.values is not None and n.values.v2 <= 1e-12 for n in behind):
+            text = f"100% of the units of {node.place!r} pass nothing on: no gradient comes back to "
+            text += f"it, and the output of {behind[0].place!r} does not vary."
+            yield Finding("dead units", node.place, text, 1.0, _NOTHING_PASSES,
+                          number=behind[0].number)  # fmt: skip
+        else:
+            text = f"no gradient comes back to {node.place!r} ({len(zero)} of {len(held)} layers)."
+            yield Finding("gradients", node.place, text, 0.0, _BEYOND_ALL, number=node.number)
+    steps = trace.gradient_steps()
+    total = sum(steps.values())
+    if abs(total) < math.log(GROWTH):
         return
     growth = math.exp(max(-700.0, min(700.0, total)))
     sign = 1 if total > 0 else -1

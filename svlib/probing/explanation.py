@@ -124,12 +124,12 @@ def explain(
     measured = measure(model, batches, layers, positions, reading, record=True)
     trace, places, batch = measured.trace, measured.places, measured.batch
     assert trace is not None
-    part = batch.cut(_INPUTS) if batch.samples > _INPUTS and loss is None else None
-    part = part or batch
+    many = batch.samples > _INPUTS and loss is None and places is not None
+    part = (batch.cut(_INPUTS) if many else None) or batch
     missing = []
     try:
         if any(node.weights for node in trace.nodes):
-            cures.gradients(model, batch, trace)
+            cures.gradients(model, batch, trace, whole=places is None)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         missing.append(f"gradients ({str(error).splitlines()[0]})")
     found = d.found(trace, places)
@@ -238,7 +238,11 @@ def _explained(trial: Trial, finding: Finding) -> Finding:
         dead = finding.kind == "dead units"
         if smooth or not dead:
             targets = {"row": trace.nodes[node.parents[0]]}
-        if dead:
+        if dead and "dead" not in node.extra:  # what is behind does not vary
+            targets = {"row": node}
+            value = lambda at: float(at["row"].v2 <= 1e-12)  # noqa: E731
+            sound, better = (lambda x: x == 0), (lambda new, old: log(old + 0.01, new + 0.01))
+        elif dead:
             value = lambda at: at["row"].deep if smooth else at["row"].dead  # noqa: E731
             sound, better = (lambda x: x <= d.DEAD), (lambda new, old: log(old + 0.01, new + 0.01))
         else:
@@ -277,14 +281,28 @@ def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]
     if "loss" in table:
         good, by = table[(table.loss < 0.98 * before.loss) & (table.index != "nothing")], "loss"
     if good.empty:
-        return replace(finding, cure="Nothing that was tried made it better.")
-    best = good.sort_values(by, kind="stable").iloc[0]
+        return replace(finding, cure=_price(finding, table, after, mine))
+    near = good[good[by] <= (1.1 * good[by].min() if by == "loss" else good[by].min() + 0.3)]
+    best = near.iloc[0]  # those that change least come first
     told = f"v²/σ² {before['at the output']:.2g} → {best['at the output']:.2g} at the output, "
     told += f"range of σ² {before['range of σ²']:.1g} → {best['range of σ²']:.1g}, "
     told += f"gradients {before.gradients:.1g} → {best.gradients:.1g}"
     if by == "loss":
         told = f"loss after {cures.STEPS} steps {before.loss:.3g} → {best.loss:.3g}, {told}"
     return replace(finding, cure=f"Tried: {best.name} ({told}): {best.code}")
+
+
+def _price(
+    finding: Finding, table: pd.DataFrame, after: Any, mine: Callable[[str], float]
+) -> str:
+    """What made this finding better and others worse."""
+    names = [str(name) for name in table.index if mine(str(name)) < mine("nothing") - 0.05]
+    if not names:
+        return "Nothing that was tried made it better."
+    best = min(names, key=mine)
+    new = next((x for x in after[best] if x.kind not in (finding.kind,) and not x.note), None)
+    price = f", and then {new.kind}: {new.text}" if new else ""
+    return f"Nothing that was tried made it better without another finding: {best} helps{price}"
 
 
 def _not_judged(trace: Trace, left_out: Any, model: nn.Module) -> list[str]:

@@ -309,8 +309,7 @@ class _Setter:
                 reason = "other positions than the mask" if masked else "inputs not apart"
                 self.done[row] = self._leave(name, reason)
                 return None
-            with torch.no_grad():
-                new = self._set(row, made, decompose(counted_y, *dims, mask=mask), held)
+            new = self._set(row, made, decompose(counted_y, *dims, mask=mask), held)
             if new is not None:
                 self._set_as.update({storage(part): name for part in held})
             return new
@@ -347,26 +346,28 @@ class _Setter:
         kept = [part.detach().clone() for part in held]
         unit = unit_dimension(name, layer, y)
         assert unit is not None
-        expected = (y - along(shift, unit, y.ndim)) / along(scale, unit, y.ndim)
+        expected = (y.detach() - along(shift, unit, y.ndim)) / along(scale, unit, y.ndim)
         try:
-            divide_(layer, scale)
-            if bias is not None:
-                bias.copy_((bias - like(shift, bias)) / like(scale, bias))
+            with torch.no_grad():
+                divide_(layer, scale)
+                if bias is not None:
+                    bias.copy_((bias - like(shift, bias)) / like(scale, bias))
             torch.clear_autocast_cache()  # which holds the weights of before
             again = first_floating(layer.forward(*made.call[0], **made.call[1]))
-            off = again is None or not _close(again, expected)
+            off = again is None or not _close(again.detach(), expected)
             reason = "its weight is not used as it is and alike every time"
         except (RuntimeError, NotImplementedError) as error:
-            off, reason = True, str(error).splitlines()[0]
+            off, again, reason = True, None, str(error).splitlines()[0]
         if off:
-            for part, value in zip(held, kept, strict=True):
-                part.copy_(value)
+            with torch.no_grad():
+                for part, value in zip(held, kept, strict=True):
+                    part.copy_(value)
             self.done[row] = self._leave(name, reason)
             return None
         if places:
             self._leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
         self.done[row] = done
-        return expected
+        return again
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:

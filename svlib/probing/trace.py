@@ -160,6 +160,8 @@ class Trace:
     ) -> Node:
         self._counts[made.name] += 1
         place = row_name(made.name, self._counts[made.name])
+        if made.function in ops.WEIGHTED and made.key[0] in self._weighted:
+            place = row_name(str(made.key[0]), int(made.key[1]))
         node = Node(len(self.nodes), made.function, place, operation, parents)
         node.key, node.norm = made.key, made.function in ops.NORMS
         node.varies = any(self.nodes[parent].varies for parent in parents)
@@ -354,6 +356,18 @@ class Trace:
         before = max(held, key=lambda p: -1.0 if p.values is None else p.values.sigma2)
         a, b = getattr(before.values, column), getattr(node.values, column)
         return math.log(max(b, 1e-12) / max(a, 1e-12))
+
+    def gradient_steps(self) -> dict[tuple[str, str], float]:
+        """Change of ln(g² σ²) from a weighted layer back to the one before, where both have one
+        shape: g² is the mean square of the gradient, and times σ² no scale of the signal counts.
+        Between other layers pools and numbers of units change it too."""
+        held = [n for n in self.judged if n.weights and not math.isnan(n.gradient2)]
+        sizes = [n.gradient2 * n.values.sigma2 if n.values else 0.0 for n in held]
+        return {
+            (a.place, b.place): math.log(x / y)
+            for a, b, x, y in zip(held, held[1:], sizes, sizes[1:], strict=False)
+            if a.shape == b.shape and x > 0 and y > 0
+        }
 
     def frame(self) -> pd.DataFrame:
         """The nodes as a table: place, function, whether judged, sigma2, m2, v2 and fraction."""
