@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib.probing import init as init
     from svlib.probing import report as report
     from svlib.probing.explanation import Explanation as Explanation
+    from svlib.probing.explanation import assert_healthy as assert_healthy
     from svlib.probing.explanation import explain as explain
     from svlib.probing.probe import probe as probe
     from svlib.probing.probe import probe_gradients as probe_gradients
@@ -46,7 +47,7 @@ _NAMES = {  # module: its names that svlib has too
     "svlib.simulation": ["sample_preactivations", "simulate", "summarize"],
     "svlib.probing.probe": ["probe", "probe_gradients"],
     "svlib.probing.watch": ["Probe"],
-    "svlib.probing.explanation": ["Explanation", "explain"],
+    "svlib.probing.explanation": ["Explanation", "assert_healthy", "explain"],
 }
 __version__ = _version("svlib")
 

@@ -12,6 +12,7 @@ from torch import nn
 import svlib as sv
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+WIDTH = 1200  # of wide networks
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,6 +30,16 @@ def he_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
+    return model
+
+
+def wide(*layers: nn.Module, variance: float = 2 / WIDTH) -> nn.Sequential:
+    model, generator = nn.Sequential(*layers), torch.Generator().manual_seed(0)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, variance**0.5, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return model
 
 

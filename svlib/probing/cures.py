@@ -270,7 +270,7 @@ def gradients(model: nn.Module, batch: Batch, trace: Trace, *, whole: bool) -> N
     trace."""
     part = None if whole else batch.cut(min(_PART, max(2, batch.samples // 2)))
     part = part or batch
-    squares, _ = squared_gradients(model, part, stream(0, "direction"))
+    squares, _ = squared_gradients(model, part, stream(0, "direction"), every=True)
     for node in trace.nodes:
         if node.weights and node.place in squares:
             node.gradient2 = squares[node.place]

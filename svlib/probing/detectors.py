@@ -375,26 +375,29 @@ def _effective(trace: Trace, node: Node) -> float:
 
 def _matters(trace: Trace, number: int, falling: bool) -> bool:
     """Whether a scale reaches an output."""
-    node = trace.nodes[number]
-    behind = trace.next(number)
-    if not behind:
-        return not falling
-    if node.values is None:
-        return False
-    for child in behind:
-        values = child.values
+    seen: dict[int, bool] = {}
+
+    def reaches(at: int) -> bool:
+        if at not in seen:
+            seen[at] = False
+            behind = trace.next(at)
+            seen[at] = not behind or any(map(passes, behind, [at] * len(behind)))
+        return seen[at]
+
+    def passes(child: Node, at: int) -> bool:
+        values, before = child.values, trace.nodes[at].values
         assert values is not None
-        if child.norm:
-            lost = isinstance(child.operation, ops.Normalize) and child.operation.gamma2
-            if falling and lost and values.sigma2 < 0.1 * lost:
-                return True  # below eps
-            continue
-        if falling and trace.is_sum(child) and values.sigma2 > 10 * node.values.sigma2:
-            continue
-        bounded = any(n.function in BOUNDED for n in _between(trace, number, child))
-        if not bounded:
-            return True
-    return False
+        assert before is not None
+        if child.norm:  # unless what it gets is below its eps
+            gamma2 = getattr(child.operation, "gamma2", 0.0)
+            return falling and values.sigma2 < 0.1 * gamma2
+        if falling and trace.is_sum(child) and values.sigma2 > 10 * before.sigma2:
+            return False
+        if any(n.function in BOUNDED for n in _between(trace, at, child)):
+            return False
+        return reaches(child.number)
+
+    return bool(trace.next(number) or not falling) and reaches(number)
 
 
 def _between(trace: Trace, number: int, child: Node) -> list[Node]:

@@ -191,7 +191,7 @@ def _initialize(
     places = Places.find(model, batch, watched(model))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = _measured(model, batch, places)
-    squares = squared_gradients(model, batch, stream(0, "direction"))[0] if gradients else {}
+    squares = squared_gradients(model, batch, stream(0, "direction"), every=True)[0] if gradients else {}
     try:
         setter = _set(model, batch, parts, places)
         after = _measured(model, batch, places)
@@ -206,7 +206,7 @@ def _initialize(
     names = before.name.map(lambda name: setter.done.get(name, "not called when layers were set"))
     before.insert(2, "done", names)
     if gradients or parts is _sample:
-        then, shapes = squared_gradients(model, batch, stream(0, "direction"))
+        then, shapes = squared_gradients(model, batch, stream(0, "direction"), every=True)
         before.attrs["growth"] = growth_between(list(then.values()), list(shapes.values()))
     if gradients:
         for frame, found in ((before, squares), (after, then)):
@@ -228,7 +228,9 @@ def _set(model: nn.Module, batch: Batch, parts: Parts, places: Places | None) ->
             read = batch.copied(copied)
             running = Pass(copied, Rows(None, "samples"), batch.samples, batch.mask, places)
             try:
-                with Watch(copied, setter.on_output(running), setter.layers).watching():
+                watch = Watch(copied, setter.on_output(running), setter.layers)
+                setter.watch = watch
+                with watch.watching():
                     read.run(copied)
             except RuntimeError as error:
                 if enabled or setter.done or "grad" not in str(error):
@@ -241,6 +243,8 @@ def _set(model: nn.Module, batch: Batch, parts: Parts, places: Places | None) ->
 
 class _Setter:
     """Sets layers at their first call; ``done`` says of each call what was done."""
+
+    watch: Watch
 
     def __init__(self, model: nn.Module, parts: Parts, mask: torch.Tensor | None) -> None:
         self.layers = weighted_layers(model)
@@ -353,11 +357,14 @@ class _Setter:
                 if bias is not None:
                     bias.copy_((bias - like(shift, bias)) / like(scale, bias))
             torch.clear_autocast_cache()  # which holds the weights of before
-            again = first_floating(layer.forward(*made.call[0], **made.call[1]))
+            self.watch.paused = True
+            again = first_floating(layer(*made.call[0], **made.call[1]))
             off = again is None or not _close(again.detach(), expected)
             reason = "its weight is not used as it is and alike every time"
         except (RuntimeError, NotImplementedError) as error:
             off, again, reason = True, None, str(error).splitlines()[0]
+        finally:
+            self.watch.paused = False
         if off:
             with torch.no_grad():
                 for part, value in zip(held, kept, strict=True):

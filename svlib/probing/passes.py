@@ -57,7 +57,7 @@ class _Frame:
 
 
 class Watch(TorchFunctionMode):
-    """Calls ``on_output`` with every output of a forward pass, while active.
+    """Calls ``on_output`` with every output of a forward pass, while active and not ``paused``.
 
     Args:
         model: The model that is called; hooks go to its modules.
@@ -77,6 +77,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._model, self._on_output, self._modules = model, on_output, modules
         self._replace = replace
+        self.paused = False
         self._stack = [_Frame("", 1)]
         self._counts: Counter[str] = Counter()
 
@@ -97,10 +98,14 @@ class Watch(TorchFunctionMode):
             yield
 
     def _before(self, name: str, module: nn.Module, given: Any) -> None:
+        if self.paused:
+            return
         self._counts[name] += 1
         self._stack.append(_Frame(name, self._counts[name]))
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.paused:
+            return None
         frame = self._stack.pop() if len(self._stack) > 1 else self._stack[0]
         if output is None:  # where it raised, for example
             return None

@@ -9,7 +9,7 @@ whether the output of an input depends on the other inputs of its batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,14 @@ class Place(NamedTuple):
 
     dim: int
     outer: int = 1
+
+
+class Guess(NamedTuple):
+    """The place of the inputs in an output of this shape, as its sizes suggest."""
+
+    key: Key
+    shape: torch.Size
+    place: Place | None
 
 
 class _Digest(NamedTuple):
@@ -112,7 +120,14 @@ class Places:
         own = [place for key, place in self._places.items() if key[0] == "" and len(key) == 3]
         return any(place is not None and place.dim == 0 for place in own)
 
-    def of(self, key: Key, y: torch.Tensor, samples: int) -> Place | None:
+    def agree(self, guesses: Iterable[Guess], samples: int) -> bool:
+        """Whether all guesses are right."""
+        try:
+            return all(self.of(x.key, x.shape, samples) == x.place for x in guesses)
+        except LostInputsError:
+            return False
+
+    def of(self, key: Key, shape: torch.Size, samples: int) -> Place | None:
         """The place of the inputs in an output, ``None`` if its size does not depend on them.
 
         Raises:
@@ -120,11 +135,10 @@ class Places:
         """
         lost = self.shuffled and key in self._mixed
         if key not in self._places and not lost:
-            return Place(0) if y.shape[:1] == (samples,) else None
+            return Place(0) if shape[:1] == (samples,) else None
         place = None if lost else self._places[key]
-        if lost or (place is not None and y.shape[place.dim] % samples):
-            shape = tuple(y.shape)
-            text = f"must show which dimension is that of the {samples} inputs, got {shape}"
+        if lost or (place is not None and shape[place.dim] % samples):
+            text = f"must show which dimension is that of the {samples} inputs, got {tuple(shape)}"
             raise LostInputsError(text)
         return place
 
@@ -137,7 +151,8 @@ def read_batches(
     chosen: int | None = None
     told = reading is not None and (reading.inputs or reading.call)
     for batch in as_batches(model, batches, reading):
-        sizes = [len(x) if x.ndim else 0 for x in batch.tensors()]
+        plain = [x for x in batch.tensors() if not x.is_nested]
+        sizes = [x.size(0) if x.ndim else 0 for x in plain]
         if not told and len({size for size in sizes if size > 1}) > 1:
             if chosen is None:
                 chosen = leading(model, batch, sizes)
@@ -180,6 +195,10 @@ def _compared(many: _Digest, few: _Digest) -> tuple[Place | None, bool]:
     return Place(dim), False
 
 
+def _is_torchs(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.")
+
+
 def _alike(a: _Digest, b: _Digest) -> bool:
     """Whether two passes of the same inputs agree."""
     if a.shape != b.shape:
@@ -204,9 +223,13 @@ def _run(
 
     with warnings.catch_warnings(action="ignore"), structural_copy(model) as copied:
         cut = batch.cut(inputs)
-        if cut is None:
+        if cut is None or {*map(id, copied.modules())} & {*map(id, model.modules())}:
             return None
         copied.eval()
+        for module in copied.modules():  # of the user, for example to log; torch's make weights
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [k for k, hook in hooks.items() if not _is_torchs(hook)]:
+                    del hooks[key]
         if seed is not None:
             torch.manual_seed(seed)
         named: Any = modules

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -20,13 +19,16 @@ from torch import nn
 from svlib._random import stream
 from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches
 from svlib.probing.models import (
+    DEPTH,
     first_floating,
     hooked,
     row_name,
+    same_generators,
     structural_copy,
+    tensors,
     weighted_layers,
 )
-from svlib.probing.places import Places, read_batches
+from svlib.probing.places import Guess, Places, read_batches
 from svlib.probing.rows import COLUMNS, Layers, Pass, Rows, watched
 from svlib.probing.trace import Trace
 
@@ -64,46 +66,71 @@ def measure(
     listed = read_batches(model, batches, reading)
     if reading is not None and reading.mask is not None and positions == "units":
         raise ValueError("positions must be 'samples' where a mask is given, got 'units'")
-    first: list[Batch] = []
-    gradients = False
-    while True:
-        rows = Rows(layers, positions, directions=record, maximum=maximum)
-        trace: Trace | None = None
-        samples, unsure = 0, False
-        try:
-            for read in chain(first, listed):
-                if not first:
-                    first = [read]
-                    places = places or _places(model, read, reading, layers, record=record)
-                with structural_copy(model) as copied, torch.set_grad_enabled(gradients):
-                    batch = read.copied(copied)
-                    seen = None
-                    if layers is not None or (record and trace is None):
-                        given = (batch.args, batch.kwargs)
-                        seen = Trace(copied, given, batch.samples, positions)
-                    forward = Pass(copied, rows, batch.samples, batch.mask, places, seen)
-                    with forward.watch():
-                        output = batch.run(copied)
-                    if seen is not None and trace is None:
-                        seen.is_output(output)
-                        trace = seen.finish()
-                samples, unsure = samples + batch.samples, unsure or forward.unsure
-                if unsure and places is None and samples == batch.samples:
-                    places = Places.find(model, read, None if layers else watched(model))
-                    if places is not None:
-                        break  # and begin again
-                if not record:
-                    rows.refuse()
-            else:
-                break
-        except RuntimeError as error:
-            # of a model that differentiates in its forward pass
-            if gradients or samples or "grad" not in str(error):
-                raise
-            gradients = True
-    if samples < 2:
+    with same_generators(model):  # a loader draws its order, and augments
+        return _measured(model, listed, layers, positions, reading, record, maximum, places)
+
+
+def _measured(
+    model: nn.Module,
+    listed: Iterable[Batch],
+    layers: Layers,
+    positions: str,
+    reading: Reading | None,
+    record: bool,
+    maximum: bool,
+    places: Places | None,
+) -> Measurement:
+    rows, trace, first = Rows(layers, positions, directions=record, maximum=maximum), None, None
+    samples, gradients, modules = 0, False, watched(model)
+    for read in listed:
+        if first is None:
+            first = read
+            places = places or _places(model, read, reading, layers, record=record)
+        while True:
+            mine = rows.empty()
+            seen = layers is not None or (record and trace is None)
+            try:
+                found, unsure = _pass(model, read, mine, places, positions, seen, gradients)
+            except RuntimeError as error:  # of a model that differentiates in its forward pass
+                if gradients or samples or "grad" not in str(error):
+                    raise
+                gradients = True
+                continue
+            if places is None and unsure:
+                places = Places.find(model, read, modules if layers is None else None)
+                if places is not None and not places.agree(unsure, read.samples):
+                    continue
+            break
+        samples, trace = samples + read.samples, trace or found
+        rows.merge(mine)
+        if not record:
+            rows.refuse()
+    if first is None or samples < 2:
         raise ValueError(f"batches must hold at least 2 inputs, got {samples or 'none'}")
-    return Measurement(rows, trace, places, first[0])
+    return Measurement(rows, trace, places, first)
+
+
+def _pass(
+    model: nn.Module,
+    read: Batch,
+    rows: Rows,
+    places: Places | None,
+    positions: str,
+    seen: bool,
+    gradients: bool,
+) -> tuple[Trace | None, list[Guess]]:
+    """One forward pass: its trace, if all functions are seen, and where it guessed."""
+    with structural_copy(model) as copied, torch.set_grad_enabled(gradients):
+        batch = read.copied(copied)
+        given = (batch.args, batch.kwargs)
+        trace = Trace(copied, given, batch.samples, positions) if seen else None
+        running = Pass(copied, rows, batch.samples, batch.mask, places, trace)
+        with running.watch():
+            output = batch.run(copied)
+        if trace is not None:
+            trace.is_output(output)
+            trace.finish()
+    return trace, running.guesses
 
 
 def _places(
@@ -239,19 +266,22 @@ def probe_gradients(
 
 
 def squared_gradients(
-    model: nn.Module, read: Batch, generator: torch.Generator
+    model: nn.Module, read: Batch, generator: torch.Generator, *, every: bool = False
 ) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
     """Mean squares of the gradients at the outputs of weighted layers, and the shapes, by row.
 
+    A Gaussian vector is sent backwards from the first output or, if asked for, from every one.
     Parameters need no gradient and get none, and no gradient is kept: each is squared as it comes.
     """
     calls: Counter[str] = Counter()
     squares: dict[str, float] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(name: str, layer: nn.Module, y: torch.Tensor) -> None:
-        if not y.requires_grad:
+    def record(name: str, layer: nn.Module, y: torch.Tensor) -> torch.Tensor | None:
+        new = None
+        if not y.requires_grad:  # an activation in place must not change a leaf
             y.requires_grad_()
+            new = y.clone()
         calls[name] += 1
         row = row_name(name, calls[name])
         squares[row], shapes[row] = 0.0, tuple(y.shape)
@@ -260,20 +290,24 @@ def squared_gradients(
             squares[row] = float(gradient.detach().double().square().mean())
 
         y.register_hook(square)
+        return new
 
     with structural_copy(model) as copied, torch.enable_grad():
         batch = read.copied(copied)
         copied.requires_grad_(requires_grad=False)
         with hooked(weighted_layers(copied), record):
             output = batch.run(copied)
-        y = first_floating(output)
-        if y is None:
+        first = first_floating(output)
+        if first is None and not every:
             got = f"{type(output).__name__} with none"
             raise TypeError(f"model must return a floating-point tensor, got {got}")
         if not squares:
             raise ValueError("model must call a weighted layer, got none called")
-        if y.requires_grad:
-            y.backward(torch.randn(y.shape, generator=generator).to(y))
+        ends = [x for _, x in tensors(output, objects=DEPTH)] if every or first is None else [first]
+        ends = [x for x in ends if x.requires_grad and x.is_floating_point()]
+        if ends:
+            directions = [torch.randn(x.shape, generator=generator).to(x) for x in ends]
+            torch.autograd.backward(ends, directions)
     return squares, shapes
 
 

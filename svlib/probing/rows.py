@@ -43,7 +43,7 @@ from svlib.probing.models import (
     unit_dimension,
 )
 from svlib.probing.passes import Key, Output, Watch
-from svlib.probing.places import Place, Places
+from svlib.probing.places import Guess, Place, Places
 
 Layers = str | Sequence[str | type[nn.Module]] | None
 POSITIONS = ("samples", "units")
@@ -127,6 +127,12 @@ class Row:
             self._sum = self._sum + unit.sum(0).cpu()
         return self
 
+    def merge(self, other: Row) -> None:
+        """Add what another row has seen."""
+        self.moments.merge(other.moments)
+        self._peak = max(self._peak, other._peak)
+        self._sum, self._count = self._sum + other._sum, self._count + other._count
+
     def values(self) -> Values:
         """What was measured so far."""
         found, n = self.moments.result(), self._count
@@ -168,6 +174,7 @@ class Rows:
         self.positions = _check.choice("positions", positions, POSITIONS)
         maximum = _check.choice("maximum", maximum, (True, False))
         self._options = {"directions": directions, "maximum": maximum}
+        self._layers = layers
         self._chosen, self.everything = _selection(layers), layers is not None
         self._rows: dict[str, Row] = {}
         self.left_out: dict[str, _LeftOut] = {}
@@ -203,6 +210,24 @@ class Rows:
         """From now on this output has no row."""
         self._rows.pop(name, None)
         self.left_out[name] = _LeftOut(error, excusable)
+
+    def empty(self) -> Rows:
+        """Rows of the same kind for one batch, to be merged."""
+        return Rows(self._layers, self.positions, **self._options)
+
+    def merge(self, other: Rows) -> None:
+        """Add the rows of a batch; an output that had none in one of them has none."""
+        for name, row in other._rows.items():
+            if name in self._rows:
+                try:
+                    self._rows[name].merge(row)
+                except ValueError as error:
+                    self.leave_out(name, ValueError(f"layer {name!r}: {error}"), excusable=False)
+            elif name not in self.left_out:
+                self._rows[name] = row
+        for name, left in other.left_out.items():
+            self.leave_out(name, left.error, excusable=left.excusable)
+        self.over_inputs.update(other.over_inputs)
 
     def refuse(self) -> None:
         """Raise for an output without a row where a warning is not enough."""
@@ -301,7 +326,7 @@ class Pass:
     """One forward pass whose outputs go to rows.
 
     Attributes:
-        unsure: Whether sizes alone did not tell where the inputs lie, and nothing else did.
+        guesses: Where sizes alone did not tell where the inputs lie, and nothing else did.
 
     Args:
         model: The model that is called.
@@ -327,7 +352,7 @@ class Pass:
         self._units: dict[torch.Size, int] = {}  # unit dimension of the latest, by shape
         self._counts: Counter[str] = Counter()
         self._seen: set[Key] = set()
-        self.unsure = False
+        self.guesses: list[Guess] = []
 
     def watch(self) -> AbstractContextManager[None]:
         """Watch the model's next call."""
@@ -390,10 +415,11 @@ class Pass:
         """Where the inputs lie in an output."""
         y, samples = made.y, self._samples
         if self._places is not None:
-            return self._places.of(made.key, y, samples)
-        first = y.shape[:1] == (samples,)
-        self.unsure |= not first or y.shape.count(samples) > 1
-        return Place(0) if first else None
+            return self._places.of(made.key, y.shape, samples)
+        place = Place(0) if y.shape[:1] == (samples,) else None
+        if place is None or y.shape.count(samples) > 1:
+            self.guesses.append(Guess(made.key, y.shape, place))
+        return place
 
     def apart(self, made: Output, name: str) -> tuple[torch.Tensor, Dimensions]:
         """An output with its inputs in a dimension of their own, and its dimensions.

@@ -98,6 +98,10 @@ class Trace:
         self._counts: Counter[str] = Counter()
         self._held: list[torch.Tensor] = []  # weights: an address may not be used again
         self._positions, self._samples = positions, samples
+        with torch._C.DisableTorchFunction():  # other modes must not see what follows
+            self._begin(model, given, samples, positions)
+
+    def _begin(self, model: nn.Module, given: Any, samples: int, positions: str) -> None:
         modules = dict(named_modules(model))
         self._parameters = {storage(x): name for name, x in model.named_parameters()}
         self._weighted = {name for name, module in modules.items() if is_weighted(module)}
@@ -147,7 +151,10 @@ class Trace:
             node.operation, node.norm, node.parents = norm, True, parents[:1] or node.parents
             node.function = norm.kind
         weighted = is_weighted(module) and y.is_floating_point()
-        fresh = not node.rows or computes(module)
+        base = node
+        while base.view:
+            base = self.nodes[base.parents[0]]
+        fresh = not base.rows or computes(module) or weighted
         if weighted or (fresh and computes(module)):
             node.place = row_name(str(made.key[0] if weighted else made.name), int(made.key[1]))
             node.weights |= weighted
@@ -202,6 +209,10 @@ class Trace:
 
     def _operation(self, made: Output, parents: tuple[int, ...]) -> ops.Operation:
         name, (args, kwargs) = made.function, made.call
+        if name in ops.WEIGHTED:
+            held = ops.weight_of(name, args, kwargs), ops.bias_of(name, args, kwargs)
+            if any(x is not None and x in self._number for x in held):
+                return ops.Beyond(f"{name} with weights from the input")
         nodes = [self.nodes[parent] for parent in parents]
         if name in ops.SUMS and len(parents) == 2:
             if nodes[0].origins & nodes[1].origins:
@@ -358,16 +369,26 @@ class Trace:
         return math.log(max(b, 1e-12) / max(a, 1e-12))
 
     def gradient_steps(self) -> dict[tuple[str, str], float]:
-        """Change of ln(g² σ²) from a weighted layer back to the one before, where both have one
-        shape: g² is the mean square of the gradient, and times σ² no scale of the signal counts.
-        Between other layers pools and numbers of units change it too."""
-        held = [n for n in self.judged if n.weights and not math.isnan(n.gradient2)]
-        sizes = [n.gradient2 * n.values.sigma2 if n.values else 0.0 for n in held]
-        return {
-            (a.place, b.place): math.log(x / y)
-            for a, b, x, y in zip(held, held[1:], sizes, sizes[1:], strict=False)
-            if a.shape == b.shape and x > 0 and y > 0
-        }
+        """Change of ln of the mean square of gradients from a weighted layer back to the one
+        before, along the chain of layers in which it changes most. They have one shape, and no
+        sum or average between: those change it too. Behind a normalization a small signal has a
+        large gradient: there it is multiplied by sigma^2."""
+        chains: dict[int, dict[tuple[str, str], float]] = {}
+        for b in (n for n in self.judged if n.weights and n.gradient2 > 0):
+            way = self.way(b.number)[:-1]
+            before = next((i for i in reversed(range(len(way))) if way[i].weights), None)
+            chains[b.number] = {}
+            if before is None:
+                continue
+            a, between = way[before], way[before + 1 :]
+            averages = any(n.function in AVERAGES or self.is_sum(n) for n in between)
+            if averages or a.shape != b.shape or not a.gradient2 > 0:
+                continue
+            step = math.log(a.gradient2 / b.gradient2)
+            if any(n.norm for n in between) and a.values is not None and b.values is not None:
+                step += math.log(max(a.values.sigma2, 1e-300) / max(b.values.sigma2, 1e-300))
+            chains[b.number] = {**chains.get(a.number, {}), (a.place, b.place): step}
+        return max(chains.values(), key=lambda x: abs(sum(x.values())), default={})
 
     def frame(self) -> pd.DataFrame:
         """The nodes as a table: place, function, whether judged, sigma2, m2, v2 and fraction."""

@@ -190,9 +190,9 @@ class Probe:
         if self._leading is None:
             batch = batch._replace(samples=next((size for size in sizes if size), 0))
             several = len({size for size in sizes if size > 1}) > 1
-            self._leading = leading(model, batch, sizes) if several else sizes.index(batch.samples)
-        at = self._leading
-        return batch._replace(samples=sizes[at] if at < len(sizes) else 0)
+            self._leading = leading(model, batch, sizes) if several else 0
+        held = [size for size in sizes[self._leading :] + sizes if size]
+        return batch._replace(samples=held[0] if held else 0)
 
     def _keep(self, step: int, rows: Rows) -> None:
         """Store the rows of a step, and log them."""
