@@ -77,6 +77,7 @@ def main() -> None:
 
 
 main.add_command(command.probe)
+main.add_command(command.check)
 main.add_command(command.init)
 
 

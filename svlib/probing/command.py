@@ -1,15 +1,14 @@
-"""``svlib probe`` and ``svlib init``: any torch model on the command line."""
+"""``svlib probe``, ``svlib check`` and ``svlib init``: any torch model on the command line."""
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib
 import io
+import json
+import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -17,131 +16,92 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from svlib._command import DEVICE, Target, one_line, with_options
 from svlib._files import provenance, write_whole
 from svlib.experiments import data
-from svlib.probing import files, report
 from svlib.probing import init as repair
-from svlib.probing.diagnosis import explain
-from svlib.probing.models import named_modules
-from svlib.probing.rows import POSITIONS
+from svlib.probing.explanation import Explanation, explain
 
 _MODEL = [
     click.argument("model", metavar="MODEL"),
     click.option(
-        "--input",
-        "given",
-        required=True,
+        "--input", "given", required=True,
         help="Shape of one input, for Gaussian noise (3,32,32); digits; FILE.npy; or FILE.npz, "
         "arguments by name.",
     ),
-    click.option(
-        "--samples",
-        type=click.IntRange(2),
-        default=256,
-        show_default=True,
-        help="Inputs, at most those of the file.",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(0),
-        default=0,
-        show_default=True,
-        help="Of the weights and of the noise.",
-    ),
+    click.option("--samples", type=click.IntRange(2), default=256, show_default=True,
+                 help="Inputs, at most those of the file."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+                 help="Of the weights and of the noise."),
     DEVICE,
-    click.option(
-        "--checkpoint",
-        type=click.Path(path_type=Path, exists=True),
-        help="State dictionary of the model, also wrapped (state_dict) or prefixed (module.).",
-    ),
-    click.option(
-        "--tokens",
-        type=click.IntRange(1),
-        metavar="VOCABULARY",
-        help="Random integers below VOCABULARY in the shape of --input, instead of noise.",
-    ),
-    click.option(
-        "--arg",
-        "arguments",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Argument for what makes the model, repeatable: --arg depth=12 --arg norm=batch.",
-    ),
-    click.option(
-        "--eval",
-        "evaluating",
-        is_flag=True,
-        help="Evaluation mode.  [default: the mode MODEL comes in]",
-    ),
-]
+    click.option("--tokens", type=click.IntRange(1), metavar="VOCABULARY",
+                 help="Random integers below VOCABULARY in the shape of --input."),
+    click.option("--eval", "evaluating", is_flag=True,
+                 help="Evaluation mode.  [default: the mode MODEL comes in]"),
+]  # fmt: skip
 
 
 @click.command()
 @with_options(*_MODEL)
-@click.option(
-    "--batch", type=click.IntRange(1), default=64, show_default=True, help="Inputs at a time."
-)
-@click.option(
-    "--layer", "layers", multiple=True, help="Name of an output, * a wildcard, repeatable; or all."
-)
-@click.option("--positions", type=click.Choice(POSITIONS), default="samples", show_default=True)
 @click.option("--html", "page", type=Target(), help="Report to write.")
-@click.option("--table", type=Target(), help=f"Table to write: {', '.join(files.TABLES)}.")
-def probe(
-    batch: int,
-    layers: tuple[str, ...],
-    positions: str,
-    page: Path | None,
-    table: Path | None,
-    **options: Any,
-) -> None:
-    """Measure a model and explain what is wrong.
+def probe(page: Path | None, **options: Any) -> None:
+    """Measure a model and say what is wrong with it.
 
-    One row a layer, with what theory expects, and findings in words.
+    One row a layer, and findings: place, number, cause by removal, cure by trial.
 
-    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one,
-    from the arguments that --arg gives. Files may hold float64, which is cast to the model's type;
-    integers stay what they are.
+    MODEL is package.module:NAME or path/to/file.py:NAME, where NAME is a torch module or makes one.
+    Files may hold float64, which is cast to the model's type; integers stay what they are.
     """
     started = time.perf_counter()
     with one_line():
-        files.check_table(table)
-        model, inputs = _model(**options)
-        _check_layers(model, layers)
-        batches = tqdm(list(_batches(inputs, batch)), desc="probe", unit="batch", disable=None)
-        chosen = "all" if layers == ("all",) else list(layers) or None
-        explanation = explain(model, batches, layers=chosen, positions=positions)
-        click.echo(
-            explanation.layers().to_string(index=False, float_format="{:.3g}".format, na_rep="")
-        )
+        explanation, model, inputs = _explained(**options)
+        columns = ["name", "type", "fraction", "m2", "v2", "sigma2", "ratio", "dead"]
+        table = explanation.table[columns]
+        click.echo(table.to_string(index=False, float_format="{:.3g}".format, na_rep=""))
         click.echo(f"\n{explanation}")
-        if table is not None:
-            files.write_table(explanation.table, table)
-            click.echo(f"{table}: written")
         if page is not None:
-            made: dict[str, object] = {
-                "command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])
-            }
+            from svlib.probing import report  # only here: matplotlib need not be there
+
+            made: dict[str, object] = {"command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])}
             shapes = {name: tuple(x.shape) for name, x in inputs.items()}
-            made |= {
-                "inputs": shapes.get("", shapes),
-                "mode": "training" if model.training else "evaluation",
-            }
+            made |= {"inputs": shapes.get("", shapes)}
+            made |= {"mode": "training" if model.training else "evaluation"}
             made |= provenance(torch.device(options["device"]), started)
-            write_whole(
-                page, report.page(explanation, title=options["model"], provenance=made).encode()
-            )
+            text = report.page(explanation, title=options["model"], provenance=made)
+            write_whole(page, text.encode())
             click.echo(f"{page}: written")
 
 
 @click.command()
 @with_options(*_MODEL)
-@click.option(
-    "--method", type=click.Choice(["total", "sample"]), default="sample", show_default=True
-)
+@click.option("--fail-on", default="", metavar="KIND,...",
+              help="Kinds of findings that fail.  [default: all but notes]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check(fail_on: str, as_json: bool, **options: Any) -> None:
+    """Exit with 1 if a model has findings, for continuous integration.
+
+    MODEL as in probe. Exit code 2: it could not be measured.
+    """
+    try:
+        with one_line():
+            explanation, _, _ = _explained(**options)
+    except click.ClickException as error:
+        error.exit_code = 2
+        raise
+    kinds = {kind.strip() for kind in fail_on.split(",") if kind.strip()}
+    found = [x for x in explanation.findings if not x.note and x.kind != "nothing found"]
+    bad = [x for x in found if not kinds or x.kind in kinds]
+    if as_json:
+        click.echo(json.dumps([_plain(x) for x in explanation.findings], indent=1))
+    else:
+        click.echo("\n".join(map(str, bad)) or f"{explanation}")
+    raise SystemExit(1 if bad else 0)
+
+
+@click.command()
+@with_options(*_MODEL)
+@click.option("--method", type=click.Choice(["total", "sample"]), default="sample", show_default=True)
 @click.option("--gradients", is_flag=True, help="Measure squared gradients before and after, too.")
 @click.option("--output", type=Target(), required=True, help="State dictionary to write.")
 def init(method: str, gradients: bool, output: Path, **options: Any) -> None:
@@ -156,12 +116,25 @@ def init(method: str, gradients: bool, output: Path, **options: Any) -> None:
             raise ValueError(f"output must not exist, got {output}")
         model, inputs = _model(**options)
         initializer = {"total": repair.total_, "sample": repair.sample_}[method]
-        table = initializer(model, _batches(inputs, options["samples"]), gradients=gradients)
+        table = initializer(model, inputs.get("", inputs), gradients=gradients)
         click.echo(table.to_string(index=False, float_format="{:.3g}".format))
         content = io.BytesIO()
         torch.save(model.state_dict(), content)
         write_whole(output, content.getvalue())
         click.echo(f"{output}: written")
+
+
+def _plain(finding: Any) -> dict[str, Any]:
+    """A finding as JSON holds it, which knows no infinity."""
+    names = ("kind", "place", "text", "value", "decades", "note", "cause", "removed", "cure")
+    held = {name: getattr(finding, name) for name in names}
+    numbers = {name: x for name, x in held.items() if isinstance(x, float)}
+    return held | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+
+
+def _explained(**options: Any) -> tuple[Explanation, torch.nn.Module, dict[str, torch.Tensor]]:
+    model, inputs = _model(**options)
+    return explain(model, inputs.get("", inputs)), model, inputs
 
 
 def _model(
@@ -170,10 +143,8 @@ def _model(
     samples: int,
     seed: int,
     device: str,
-    checkpoint: Path | None,
     evaluating: bool,
     tokens: int | None,
-    arguments: tuple[str, ...],
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The model on its device, and its inputs by name; a single one has an empty name."""
     torch.manual_seed(seed)  # for the weights: this process is the command's own
@@ -181,14 +152,9 @@ def _model(
     if not name:
         raise ValueError(f"MODEL must be package.module:NAME or file.py:NAME, got {model!r}")
     found = getattr(_module(where), name)
-    made = isinstance(found, torch.nn.Module) or not callable(found)
-    if made and arguments:
-        raise ValueError(f"--arg must go with a function or class, got the model {name!r}")
-    net = found if made else found(**_arguments(arguments))
+    net = found if isinstance(found, torch.nn.Module) or not callable(found) else found()
     if not isinstance(net, torch.nn.Module):
         raise TypeError(f"MODEL must be a torch.nn.Module or make one, got {type(net).__name__}")
-    if checkpoint is not None:
-        files.load_checkpoint(net, checkpoint)
     if evaluating:
         net.eval()
     dtype = next((x.dtype for x in net.parameters() if x.is_floating_point()), torch.float32)
@@ -197,47 +163,19 @@ def _model(
     return net.to(device), cast
 
 
-def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE: a number, True, a tuple and so on, or else a string."""
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--arg must be NAME=VALUE, got {text!r}")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
-
-
-def _check_layers(model: torch.nn.Module, layers: tuple[str, ...]) -> None:
-    """Raise for the name of a module that the model does not have; functions have other names."""
-    names = [name for name, _ in named_modules(model) if name]
-    for layer in layers:
-        plain = not set("*?[(/") & set(layer) and layer != "all"
-        if names and plain and layer not in names:
-            near = difflib.get_close_matches(layer, names, 5, 0.4) or names[:5]
-            told = f"one of {len(names)} names like {', '.join(near)}"
-            raise ValueError(f"--layer must be {told}, got {layer!r}")
-
-
 def _module(where: str) -> Any:
     if not where.endswith(".py"):
+        sys.path.insert(0, "")  # a console script does not look in the current folder
         return importlib.import_module(where)
-    spec = spec_from_file_location(Path(where).stem, where)
+    path = Path(where).resolve()
+    # a name of its own: a file random.py must not replace the standard library's
+    spec = spec_from_file_location(f"_svlib_model_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
-    sys.path.insert(0, str(Path(where).resolve().parent))  # as if it were run
+    sys.path.append(str(path.parent))  # for what it imports
     spec.loader.exec_module(module)
     return module
-
-
-def _batches(inputs: dict[str, torch.Tensor], size: int) -> Iterator[Any]:
-    for first in range(0, len(next(iter(inputs.values()))), size):
-        part = {name: x[first : first + size] for name, x in inputs.items()}
-        yield part.get("", part)
 
 
 def _inputs(given: str, samples: int, seed: int, tokens: int | None) -> dict[str, torch.Tensor]:
@@ -264,11 +202,7 @@ def _inputs(given: str, samples: int, seed: int, tokens: int | None) -> dict[str
 def _arrays(given: str) -> dict[str, Any]:
     """The arrays of a file by name, of as many inputs each."""
     read = np.load(given, allow_pickle=False)
-    if given.endswith(".npz"):
-        with read:
-            arrays = dict(read)
-    else:
-        arrays = {"": read}
+    arrays = dict(read) if given.endswith(".npz") else {"": read}
     for array in arrays.values():
         if array.ndim < 1 or array.dtype.kind not in "biuf":
             raise ValueError(
