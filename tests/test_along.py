@@ -276,7 +276,9 @@ SILENT: dict[str, Callable[[], nn.Module]] = {
     "addmm with weights from the input": lambda: Between(
         lambda y: torch.addmm(y, y, torch.eye(WIDTH))
     ),
-    "add of what differs from input to input": lambda: Between(lambda y: torch.add(y, torch.ones(WIDTH), alpha=2.0)),
+    "add of what differs from input to input": lambda: Between(
+        lambda y: torch.add(y, torch.ones(WIDTH), alpha=2.0)
+    ),
 }
 
 

@@ -131,7 +131,7 @@ def test_check_fails_on_what_it_is_told_to() -> None:
     done = run("check", *words)
     assert done.exit_code == 1, done.output
     assert done.output.startswith("collapse: ")
-    assert run("check", *words, "--fail-on", "explosion,mixing").exit_code == 0
+    assert run("check", *words, "--fail-on", "mixing,statistics").exit_code == 0
     assert run("check", *words, "--fail-on", "collapse").exit_code == 1
     found = json.loads(run("check", *words, "--json").output)
     assert found[0]["kind"] == "collapse"

@@ -19,6 +19,14 @@ def kinds(model: nn.Module, batch: object, **options: Any) -> dict[str, str]:
     return {finding.kind: str(finding) for finding in found}
 
 
+def put_(model: nn.Module, name: str, *, bias: float = 0.0, weight: float = 1.0) -> None:
+    """Add to the biases of a layer, multiply its weights."""
+    layer: Any = model.get_submodule(name)
+    with torch.no_grad():
+        layer.bias += bias
+        layer.weight *= weight
+
+
 def test_the_parts_of_a_fall_add_up_to_it() -> None:
     model, x = sv.networks.mlp(100, width=100, depth=30, outputs=10, seed=0), gaussian(200, 100)
     found = sv.explain(model, x)
@@ -32,12 +40,12 @@ def test_what_is_removed_is_measured() -> None:
     """Against networks in which it is away from the start."""
     x = gaussian(200, 100)
     model = sv.networks.mlp(100, width=200, depth=12, outputs=10, seed=0)
-    model[8].bias.data += 5  # type: ignore[operator, union-attr]
+    put_(model, "8", bias=5)
     collapse = sv.explain(model, x[:128]).findings[0]
     assert (collapse.kind, collapse.place, collapse.cause) == ("collapse", "8", "the bias of '8'")
     words, value = next(iter(collapse.removed.items()))
     assert words == "without the bias of '8'"
-    model[8].bias.data -= 5  # type: ignore[operator, union-attr]
+    put_(model, "8", bias=-5)
     row = "22"
     without = sv.probe(model, x[:128]).set_index("name").fraction[row]
     assert value == pytest.approx(without, rel=1e-4)
@@ -46,11 +54,11 @@ def test_what_is_removed_is_measured() -> None:
 def test_a_cure_is_what_its_code_does() -> None:
     x = gaussian(100, 64)
     model = sv.networks.mlp(64, width=100, depth=8, outputs=10, seed=0)
-    model[6].weight.data *= 1e-3  # type: ignore[operator, union-attr]
+    put_(model, "6", weight=1e-3)
     found = sv.explain(model, x)
     assert found.findings[0].kind == "loss of scale"
     name = "weights of '6' at He's rule"
-    row = found.cures.loc[name]
+    row: Any = found.cures.loc[name]
     exec(row.code, {"model": model, "nn": nn, "sv": sv})  # as a reader would
     table = sv.probe(model, x)
     assert table.fraction.iloc[-1] == pytest.approx(row["at the output"], rel=1e-4)
@@ -61,13 +69,13 @@ def test_a_cure_is_what_its_code_does() -> None:
 def test_a_loss_decides() -> None:
     x, y = gaussian(64, 20), torch.arange(64) % 5
     model = sv.networks.mlp(20, width=60, depth=6, outputs=5, seed=0)
-    model[10].weight.data *= 30  # type: ignore[operator, union-attr]
+    put_(model, "10", weight=30)
     found = sv.explain(model, (x, y), loss=lambda output, batch: nn.functional.cross_entropy(
         output, batch[1]))  # fmt: skip
     scale = next(f for f in found.findings if f.kind == "output scale")
     start = float(nn.functional.cross_entropy(model(x), y).detach())
     assert scale.value == pytest.approx(start / math.log(5), rel=1e-4)
-    best = found.cures.loss.idxmin()
+    best = str(found.cures.loss.idxmin())
     assert ("Nothing" if best == "nothing" else best) in scale.cure
 
 
@@ -174,9 +182,8 @@ def test_any_model_is_explained(name: str) -> None:
     model, batch = models.MODELS[name]()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = sv.explain(model, batch)
-    assert [x for x in found.findings if not x.note][0].kind == "nothing found" or name in (
-        "MLP", "residual", "VGG-like",
-    ), found  # fmt: skip
+    worst = next(x for x in found.findings if not x.note)
+    assert worst.kind == "nothing found" or name in ("MLP", "residual", "VGG-like"), found
     assert found._repr_html_().count("<tr") == len(found.table) + 1
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
@@ -187,7 +194,7 @@ def test_healthy_or_not() -> None:
     x = gaussian(100, 64)
     model = sv.networks.mlp(64, width=100, depth=4, outputs=10, seed=0)
     sv.assert_healthy(model, x)
-    model[2].bias.data += 100  # type: ignore[operator, union-attr]
+    put_(model, "2", bias=100)
     with pytest.raises(AssertionError, match="collapse: "):
         sv.assert_healthy(model, x)
     sv.assert_healthy(model, x, fail_on=["gradients"])

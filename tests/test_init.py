@@ -361,9 +361,7 @@ def test_layers_without_bias_that_keep_their_means_are_named() -> None:
 
 def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
     model, x = sv.networks.mlp(64, width=64, depth=20, outputs=10, seed=0), gaussian(300, 64)
-    with pytest.warns(
-        UserWarning, match=r"squared gradients now grow 8e\+02 times backwards"
-    ):
+    with pytest.warns(UserWarning, match=r"squared gradients now grow 8e\+02 times backwards"):
         table = sv.init.sample_(model, x, gradients=True)
     growth = float(table.gradient2_after[3] / table.gradient2_after[15]) ** (1 / 12)
     assert growth == pytest.approx(np.pi / (np.pi - 1), rel=0.1)

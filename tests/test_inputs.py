@@ -322,9 +322,7 @@ INNER: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "permute": lambda self, x: self.layer(x.permute(1, 0, 2)),
     "mT": lambda self, x: self.layer(x.permute(2, 0, 1).mT.movedim(0, 2)),
     "einsum": lambda self, x: self.layer(torch.einsum("btf->tbf", x)),
-    "merged": lambda self, x: self.layer(
-        x.transpose(0, 1).reshape(-1, 4).view(20, -1, 4)
-    ),
+    "merged": lambda self, x: self.layer(x.transpose(0, 1).reshape(-1, 4).view(20, -1, 4)),
     "cut": lambda self, x: self.layer(torch.stack(x.unbind(1))),
     "joined": lambda self, x: self.layer(torch.cat(x.transpose(0, 1).chunk(2))),
     "back": lambda self, x: self.layer(x.mT.transpose(0, 2).contiguous().mT),
@@ -477,10 +475,9 @@ def test_a_dictionary_as_one_argument() -> None:
             return self.layer(a)
 
     assert sv.probe(Named(nn.Identity(), layer=linear()), batch).samples.tolist() == [9]
-    with pytest.raises(TypeError, match="must have the model's arguments, .* says how the model"):
-        sv.probe(linear(), {"b": gaussian(9, 8)}, call=None) if False else sv.probe(
-            Two(lambda self, x, y: self.layer(x), layer=linear()), {"b": gaussian(9, 8), "c": 1, "d": 2}
-        )
+    given = {"b": gaussian(9, 8), "c": 1, "d": 2}
+    with pytest.raises(TypeError, match=r"must have the model's arguments, .* says how the model"):
+        sv.probe(Two(lambda self, x, y: self.layer(x), layer=linear()), given)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -356,7 +356,7 @@ def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         return False
     for whole, given in ((False, ((), dict(batch))), (True, ((batch,), {}))):
         try:
-            signature.bind(*given[0], **given[1])  # type: ignore[arg-type]
+            signature.bind(*given[0], **given[1])
         except TypeError:
             continue
         return whole

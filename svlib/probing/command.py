@@ -63,7 +63,9 @@ def probe(page: Path | None, **options: Any) -> None:
         if page is not None:
             from svlib.probing import report  # only here: matplotlib need not be there
 
-            made: dict[str, object] = {"command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])}
+            made: dict[str, object] = {
+                "command": shlex.join(["python", "-m", "svlib", *sys.argv[1:]])
+            }
             shapes = {name: tuple(x.shape) for name, x in inputs.items()}
             made |= {"inputs": shapes.get("", shapes)}
             made |= {"mode": "training" if model.training else "evaluation"}
@@ -87,8 +89,8 @@ def check(fail_on: str, as_json: bool, **options: Any) -> None:
         with one_line():
             explanation, _, _ = _explained(**options)
     except click.ClickException as error:
-        error.exit_code = 2
-        raise
+        error.show()
+        raise SystemExit(2) from None
     kinds = {kind.strip() for kind in fail_on.split(",") if kind.strip()}
     found = [x for x in explanation.findings if not x.note and x.kind != "nothing found"]
     bad = [x for x in found if not kinds or x.kind in kinds]
@@ -101,7 +103,9 @@ def check(fail_on: str, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @with_options(*_MODEL)
-@click.option("--method", type=click.Choice(["total", "sample"]), default="sample", show_default=True)
+@click.option(
+    "--method", type=click.Choice(["total", "sample"]), default="sample", show_default=True
+)
 @click.option("--gradients", is_flag=True, help="Measure squared gradients before and after, too.")
 @click.option("--output", type=Target(), required=True, help="State dictionary to write.")
 def init(method: str, gradients: bool, output: Path, **options: Any) -> None:

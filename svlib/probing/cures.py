@@ -136,7 +136,9 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
         for place in {finding.place for finding in findings} & off.keys():
             one = {place: off[place]}
             yield Cure(f"weights of {place!r} at He's rule", _scaling(one), _weights(one))
-        code = _scaling(off) if len(off) < 6 else "for layer in model.modules():\n    if isinstance("
+        code = (
+            _scaling(off) if len(off) < 6 else "for layer in model.modules():\n    if isinstance("
+        )
         if len(off) >= 6:
             code += "layer, (nn.Linear, nn.Conv2d)): nn.init.kaiming_normal_(layer.weight, "
             code += "nonlinearity='relu')"
@@ -170,7 +172,9 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
     if sharp := _in_front_of_softmax(trace, layers):
         yield Cure("smaller weights in front of softmax", _scaling(sharp), _weights(sharp))
     if any(gate.endswith(" gate") for node in trace.nodes for gate in node.extra):
-        code = "for name, bias in model.named_parameters():\n    if 'bias_' in name: bias.data.zero_()"
+        code = (
+            "for name, bias in model.named_parameters():\n    if 'bias_' in name: bias.data.zero_()"
+        )
         yield Cure("biases of gates 0", code, _changed(_recurrent))
     if "dropout" in causes:
         yield Cure("no dropout", "model.eval()  # or a smaller p", _changed(_undropped))
@@ -289,4 +293,3 @@ def _trained(model: nn.Module, batch: Batch, loss: Loss) -> float:
             step.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return value
-

@@ -1,9 +1,9 @@
 """Faults that a trace shows: each is one measured quantity with a threshold.
 
-A finding says how many decades its number is beyond the threshold, and findings are ordered by that.
-What the network itself takes away again (a normalization behind a small output, a larger stream that
-a branch is added to), and what is so by design (last layers that start at 0), is no finding or a
-note.
+A finding says how many decades its number is beyond the threshold; findings are ordered by that.
+What the network itself takes away again (a normalization behind a small output, a larger stream
+that a branch is added to), and what is so by design (last layers that start at 0), is no finding or
+a note.
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ def _inputs(trace: Trace) -> Iterator[Finding]:
         }  # fmt: skip
         worst = max(beyond)
         if worst > 1:
-            told = [words for ratio, (_, words) in sorted(beyond.items(), reverse=True) if ratio > 1]
+            told = [
+                words for ratio, (_, words) in sorted(beyond.items(), reverse=True) if ratio > 1
+            ]
             text = f"the input {node.place!r} is not standardized: {', and '.join(told)}."
             value = beyond[worst][0]
-            yield Finding(
-                "inputs", node.place, text, value, math.log10(worst), number=node.number
-            )
+            yield Finding("inputs", node.place, text, value, math.log10(worst), number=node.number)
 
 
 def _is_weighed(trace: Trace, node: Node) -> bool:
@@ -172,7 +172,9 @@ def _statistics(trace: Trace) -> Iterator[Finding]:
         return
     ratio, node = max(worst.values(), key=lambda x: abs(math.log(max(x[0], 1e-30))))
     size = max(ratio, 1 / max(ratio, 1e-30))
-    text = f"BatchNorm {node.place!r} runs with statistics that are not the batch's: in their units "
+    text = (
+        f"BatchNorm {node.place!r} runs with statistics that are not the batch's: in their units "
+    )
     text += f"the batch has mean square {ratio:.2g} instead of 1"
     text += f" ({len(worst)} such)." if len(worst) > 1 else "."
     yield Finding("statistics", node.place, text, ratio, math.log10(size / FOREIGN),
@@ -213,7 +215,9 @@ def _dead(trace: Trace) -> Iterator[Finding]:
     node = max(held, key=lambda n: (n.extra["dead"], -n.number))
     share = node.extra["dead"]
     feed = feeding(trace, node)
-    text = f"{share:.0%} of the units of {feed.place!r} pass nothing through {node.function} for any "
+    text = (
+        f"{share:.0%} of the units of {feed.place!r} pass nothing through {node.function} for any "
+    )
     text += f"input{f' ({len(held)} such layers)' if len(held) > 1 else ''}."
     decades = _NOTHING_PASSES if share == 1 else math.log10(share / DEAD)
     yield Finding("dead units", feed.place, text, share, decades, number=node.number)
@@ -261,7 +265,9 @@ def _collapse(trace: Trace) -> Iterator[Finding]:
         return
     first = faulty[0]
     family = {n.number for n in faulty} & {
-        n.number for n in trace.nodes if first.number in {u.number for u in trace.upstream(n.number)}
+        n.number
+        for n in trace.nodes
+        if first.number in {u.number for u in trace.upstream(n.number)}
     }
     node = min((trace.nodes[n] for n in family), key=lambda n: n.values.spread if n.values else 1)
     values = node.values
@@ -414,7 +420,9 @@ def _gradients(trace: Trace) -> Iterator[Finding]:
         node = zero[-1]
         behind = [n for n in trace.next(node.number) if n.weights and n.values is not None]
         if behind and all(n.values is not None and n.values.v2 <= 1e-12 for n in behind):
-            text = f"100% of the units of {node.place!r} pass nothing on: no gradient comes back to "
+            text = (
+                f"100% of the units of {node.place!r} pass nothing on: no gradient comes back to "
+            )
             text += f"it, and the output of {behind[0].place!r} does not vary."
             yield Finding("dead units", node.place, text, 1.0, _NOTHING_PASSES,
                           number=behind[0].number)  # fmt: skip

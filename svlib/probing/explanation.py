@@ -194,9 +194,7 @@ def _first(batches: Any) -> tuple[Any, Any]:
     return first[0][1], chain([first[0][1]], rest)
 
 
-def _outputs(
-    model: nn.Module, batch: Batch, trace: Trace, loss: cures.Loss
-) -> list[Finding]:
+def _outputs(model: nn.Module, batch: Batch, trace: Trace, loss: cures.Loss) -> list[Finding]:
     """Whether the loss at the start is above that of an output of 0."""
     with structural_copy(model) as copied:
         output = batch.copied(copied).run(copied)
@@ -292,9 +290,7 @@ def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]
     return replace(finding, cure=f"Tried: {best.name} ({told}): {best.code}")
 
 
-def _price(
-    finding: Finding, table: pd.DataFrame, after: Any, mine: Callable[[str], float]
-) -> str:
+def _price(finding: Finding, table: pd.DataFrame, after: Any, mine: Callable[[str], float]) -> str:
     """What made this finding better and others worse."""
     names = [str(name) for name in table.index if mine(str(name)) < mine("nothing") - 0.05]
     if not names:

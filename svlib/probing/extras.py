@@ -66,7 +66,7 @@ def _clips_at_0(name: str, argument: Any) -> bool:
 
 
 def _sharpness(weights: torch.Tensor) -> dict[str, float]:
-    """Mean largest weight of those that have at least three to share; beyond 1 over their number."""
+    """Mean largest weight, of queries that look at three positions or more."""
     held = (weights > 0).sum(-1) if bool((weights == 0).any()) else None
     wide = torch.ones(weights.shape[:-1], dtype=torch.bool, device=weights.device)
     if weights.shape[-1] < 3:
@@ -88,10 +88,13 @@ def _weights(args: Any, kwargs: Any) -> torch.Tensor:
     mask = argument(3, "attn_mask")
     if isinstance(mask, torch.Tensor):
         mask = mask[:_INPUTS] if mask.ndim == q.ndim and len(mask) > 1 else mask
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
     if argument(5, "is_causal", False):
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-    return scores.softmax(-1).nan_to_num(0.0)
+    weights: torch.Tensor = scores.softmax(-1).nan_to_num(0.0)
+    return weights
 
 
 def _foreign(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> dict[str, float]:
@@ -109,16 +112,16 @@ def gates(module: nn.Module, given: Any, output: Any) -> dict[str, float]:
     """Means of the gates of an LSTM or GRU of one layer over inputs and steps, by name."""
     if not isinstance(module, nn.LSTM | nn.GRU) or module.num_layers > 1 or module.proj_size:
         return {}
-    x = given[0]
+    x, held = given[0], dict(module.named_parameters())
     if not isinstance(x, torch.Tensor) or x.ndim != 3:
         return {}
     x = x if module.batch_first else x.transpose(0, 1)
     y = output[0] if module.batch_first else output[0].transpose(0, 1)
     hidden = torch.nn.functional.pad(y[:, :-1, : module.hidden_size], (0, 0, 1, 0))
-    parts = x @ module.weight_ih_l0.mT + hidden @ module.weight_hh_l0.mT
+    parts = x @ held["weight_ih_l0"].mT + hidden @ held["weight_hh_l0"].mT
     if module.bias:
-        parts = parts + module.bias_ih_l0 + module.bias_hh_l0
-    names = ("input gate", "forget gate", "", "output gate")
+        parts = parts + held["bias_ih_l0"] + held["bias_hh_l0"]
+    names: tuple[str, ...] = ("input gate", "forget gate", "", "output gate")
     names = names if isinstance(module, nn.LSTM) else ("reset gate", "update gate", "")
-    held = zip(names, parts.chunk(len(names), -1), strict=True)
-    return {name: float(part.sigmoid().mean()) for name, part in held if name}
+    named = zip(names, parts.chunk(len(names), -1), strict=True)
+    return {name: float(part.sigmoid().mean()) for name, part in named if name}

@@ -44,7 +44,6 @@ from svlib._random import stream
 from svlib.moments import Decomposition, decompose
 from svlib.probing.batches import Batch, Caller, Masker, Reading, counted, joined
 from svlib.probing.models import (
-    Layer,
     MaskError,
     MergedInputsError,
     first_floating,
@@ -161,7 +160,9 @@ def sample_(
         text += f"(m/v = {worst.ratio_after:.2g} at {worst['name']!r}), and the decay goes on: "
         warnings.warn(f"{text}give them a bias, set them again", stacklevel=2)
     if (growth := table.attrs.pop("growth")) > GRADIENTS:
-        text = f"squared gradients now grow {growth:.0e} times backwards through layers of one size "
+        text = (
+            f"squared gradients now grow {growth:.0e} times backwards through layers of one size "
+        )
         text += "(π/(π-1) = 1.467 per ReLU layer, as with BatchNorm): skip connections or "
         warnings.warn(f"{text}sv.init.total_ avoid it", stacklevel=2)
     return table
@@ -191,7 +192,9 @@ def _initialize(
     places = Places.find(model, batch, watched(model))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = _measured(model, batch, places)
-    squares = squared_gradients(model, batch, stream(0, "direction"), every=True)[0] if gradients else {}
+    squares = (
+        squared_gradients(model, batch, stream(0, "direction"), every=True)[0] if gradients else {}
+    )
     try:
         setter = _set(model, batch, parts, places)
         after = _measured(model, batch, places)
@@ -300,7 +303,7 @@ class _Setter:
                 return None
             self._calls[name] += 1
             row, bias = row_name(name, self._calls[name]), layer._parameters.get("bias")
-            held = [part for part in (carrier(layer), bias) if part is not None]
+            held: list[torch.Tensor] = [x for x in (carrier(layer), bias) if x is not None]
             shared = [self._set_as[at] for part in held if (at := storage(part)) in self._set_as]
             if name in self._left or shared:
                 self.done[row] = self._left.get(name) or f"left, set as {shared[0]!r}"

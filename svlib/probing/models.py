@@ -253,7 +253,7 @@ class _Wrapped(nn.Module):
 def _copied(model: nn.Module, stack: ExitStack, writable: bool) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     wrapped = isinstance(model, _WRAPPERS)
-    inner: nn.Module = model.module if wrapped else model
+    inner: Any = model.module if wrapped else model
     memo: dict[int, Any] = {}
     for parameter in inner.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -314,7 +314,7 @@ class _Kept(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for entries, value in self._saved.values():
                 entries.copy_(value)

@@ -120,9 +120,7 @@ class Beyond:
     why: str
 
 
-Operation = (
-    Input | Weights | Relu | Activate | Affine | Normalize | Dropout | Sum | Move | Beyond
-)
+Operation = Input | Weights | Relu | Activate | Affine | Normalize | Dropout | Sum | Move | Beyond
 
 
 def argument_of(args: Any, kwargs: Any, position: int, keyword: str, default: Any = None) -> Any:
@@ -234,7 +232,9 @@ def _batch_norm(args: Any, kwargs: Any) -> Operation:
 def _arithmetic(name: str, args: Any, kwargs: Any, output: torch.Tensor) -> Operation:
     """Addition of a constant, or multiplication or division by one, to the only signal."""
     kind = "add" if name in SUMS else "mul"
-    others = [x for x in (*args, *kwargs.values()) if isinstance(x, Real) or _is_constant(x, output)]
+    others = [
+        x for x in (*args, *kwargs.values()) if isinstance(x, Real) or _is_constant(x, output)
+    ]
     if "alpha" in kwargs or "rounding_mode" in kwargs or len(args) != 2 or len(others) != 1:
         return Beyond(f"{kind} of what differs from input to input")
     if name in QUOTIENTS and others[0] is args[0]:

@@ -161,4 +161,3 @@ class Watch(TorchFunctionMode):
             computed = inplace or all(storage(y) != storage(x) for x in given)
             row = f"{frame.name}/{name}".lstrip("/")
             self._on_output(Output(key, row, None, name, y, given, (args, kwargs), computed))
-

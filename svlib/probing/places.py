@@ -143,9 +143,7 @@ class Places:
         return place
 
 
-def read_batches(
-    model: nn.Module, batches: Any, reading: Reading | None = None
-) -> Iterator[Batch]:
+def read_batches(model: nn.Module, batches: Any, reading: Reading | None = None) -> Iterator[Batch]:
     """The batches of :func:`as_batches`; where their tensors have different first dimensions, the
     inputs are those along which the model's output has its first."""
     chosen: int | None = None
@@ -241,4 +239,3 @@ def _run(
         except Exception:  # the batch is no set of inputs that may be fewer
             return None
     return digests
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -289,7 +290,7 @@ def squared_gradients(
         def square(gradient: torch.Tensor) -> None:
             squares[row] = float(gradient.detach().double().square().mean())
 
-        y.register_hook(square)
+        y.register_hook(square)  # type: ignore[no-untyped-call]
         return new
 
     with structural_copy(model) as copied, torch.enable_grad():
@@ -311,16 +312,14 @@ def squared_gradients(
     return squares, shapes
 
 
-def growth_between(
-    squares: Iterable[float], shapes: Iterable[tuple[int, ...]]
-) -> float:
+def growth_between(squares: Iterable[float], shapes: Iterable[tuple[int, ...]]) -> float:
     """Growth of squared gradients backwards, over neighbouring rows of one shape.
 
     Between other rows a pool or another number of units changes them too.
     """
     pairs = list(zip(squares, shapes, strict=True))
     total = 0.0
-    for (a, shape), (b, behind) in zip(pairs, pairs[1:], strict=False):
+    for (a, shape), (b, behind) in pairwise(pairs):
         if shape == behind and a > 0 and b > 0:
             total += math.log(a / b)
     return math.exp(min(700.0, total))

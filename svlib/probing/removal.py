@@ -2,8 +2,8 @@
 
 Suspects are biases, the mean and scale of inputs, activations, averages over positions or inputs,
 constants that are added or put beside the signal, BatchNorm's running statistics, the size of
-weights, of sums and of branches, and dropout. The strongest is taken away first, then, with it away,
-the strongest of the rest, until the number is sound.
+weights, of sums and of branches, and dropout. The strongest is taken away first, then, with it
+away, the strongest of the rest, until the number is sound.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Trial:
         found: dict[str, Values] = {}
         with structural_copy(self.model) as copied:
             batch = _inputs_changed(self.batch.copied(copied), removed)
-            running = Pass(copied, Rows(None, self.positions), batch.samples, batch.mask, self.places)
+            running = Pass(
+                copied, Rows(None, self.positions), batch.samples, batch.mask, self.places
+            )
 
             def note(made: Output) -> None:
                 running.units(made)
@@ -114,7 +116,9 @@ class _Replacing:
 
     def __init__(self, trace: Trace, removed: Removed) -> None:
         self._removed = removed
-        self._nodes = {node.key[:4]: node for node in trace.nodes if len(node.key) == 5}
+        self._nodes: dict[Key, Node] = {
+            node.key[:4]: node for node in trace.nodes if len(node.key) == 5
+        }
         self._trace = trace
         rectifies = any(node.function == "relu" for node in trace.nodes)
         self._gain = 2.0 if rectifies else 1.0
@@ -173,7 +177,9 @@ class _Replacing:
         x, eps = args[0], float(argument(7, "eps", 1e-5))
         if argument(5, "training", False) or x.numel() == x.shape[1]:
             return NotImplemented
-        return F.batch_norm(x, None, None, argument(3, "weight"), argument(4, "bias"), True, 0.0, eps)
+        return F.batch_norm(
+            x, None, None, argument(3, "weight"), argument(4, "bias"), True, 0.0, eps
+        )
 
     def _sum(self, node: Node, key: Key, function: Any, args: Any, kwargs: Any) -> Any:
         y = None
@@ -335,7 +341,9 @@ def causes(
             break
         if kind == "input scale" and gains.get("input mean", 0.0) > 0.8 * gains[kind]:
             kind = "input mean"
-        keys, node = _alone(trial, targets, removed, kind, there[kind], value, better, now, gains[kind])
+        keys, node = _alone(
+            trial, targets, removed, kind, there[kind], value, better, now, gains[kind]
+        )
         removed[kind] = keys
         now = tried[kind]
         found.append(_cause(kind, now, node, there[kind]))

@@ -122,7 +122,9 @@ def page(explanation: Explanation, *, title: str, provenance: Mapping[str, objec
     cures = ""
     if len(explanation.cures):
         numbers = explanation.cures.drop(columns="code")
-        cures = "<h2>What was tried</h2>\n" + numbers.to_html(border=0, float_format="{:.3g}".format)
+        cures = "<h2>What was tried</h2>\n" + numbers.to_html(
+            border=0, float_format="{:.3g}".format
+        )
     table = explanation.table
     return _PAGE.format(
         title=html.escape(title),

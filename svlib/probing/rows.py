@@ -55,7 +55,7 @@ class Values:
 
     Attributes:
         mean2: Squared mean over inputs and units.
-        dead: Fraction of units that are positive for no input; ``deep``: that are above -3 for none.
+        dead: Fraction of units that are positive for no input; ``deep``: that are above -3.
         cosine: Mean cosine of two inputs, NaN where positions count as samples.
         maximum: Largest absolute value, if it was asked for.
     """
@@ -138,15 +138,19 @@ class Row:
         found, n = self.moments.result(), self._count
         square = float(self._sum.square().sum())
         return Values(
-            self.kind,
-            self.shape,
-            *map(float, (found.m2, found.v2, found.sigma2, found.fraction, found.ratio)),
-            float((found.largest <= 0).mean()),
-            found.samples,
-            float(found.mean.mean()) ** 2,
-            float((found.largest <= -3).mean()),
-            (square - n) / (n * (n - 1)) if n > 1 else math.nan,
-            self._peak if self._maximum else math.nan,
+            kind=self.kind,
+            shape=self.shape,
+            m2=float(found.m2),
+            v2=float(found.v2),
+            sigma2=float(found.sigma2),
+            fraction=float(found.fraction),
+            ratio=float(found.ratio),
+            dead=float((found.largest <= 0).mean()),
+            samples=found.samples,
+            mean2=float(found.mean.mean()) ** 2,
+            deep=float((found.largest <= -3).mean()),
+            cosine=(square - n) / (n * (n - 1)) if n > 1 else math.nan,
+            maximum=self._peak if self._maximum else math.nan,
         )
 
 
@@ -435,7 +439,9 @@ class Pass:
         place, samples = self.place(made), self._samples
         size = samples if place is None else y.shape[place.dim]
         axis = 0 if place is None else place.dim
-        axis, unit, positions = dimensions(name, made.module, y, size, self._units.get(y.shape), axis)
+        axis, unit, positions = dimensions(
+            name, made.module, y, size, self._units.get(y.shape), axis
+        )
         self._units[y.shape] = unit
         if place is None or (merged := size // samples) == 1:
             return y, (axis, unit, positions)

@@ -34,6 +34,7 @@ from svlib.probing.models import (
     tensors,
 )
 from svlib.probing.passes import Key, Output
+from svlib.probing.places import RESHAPES
 from svlib.probing.rows import Pass, Row, Values
 
 RECTIFIERS = frozenset({"relu", "relu6", "threshold", "clamp", "clamp_min", "hardtanh", "clip"})
@@ -220,7 +221,7 @@ class Trace:
             return ops.Sum() if nodes[0].shape == nodes[1].shape else ops.Beyond("add")
         if len(parents) > 1:
             return ops.Beyond(f"{name} of several signals")
-        moved = name in ops.RESHAPES and made.y.ndim == 2 < len(nodes[0].shape)
+        moved = name in RESHAPES and made.y.ndim == 2 < len(nodes[0].shape)
         if moved and sum(size > 1 for size in nodes[0].shape[1:]) > 1:
             return ops.Beyond("flatten of positions")
         try:
@@ -247,7 +248,7 @@ class Trace:
 
     @cached_property
     def constants(self) -> dict[str, float]:
-        """Parameters that are put beside or added to a signal, and what would give them its size."""
+        """Parameters beside or in a sum with a signal, and factors that give them its size."""
         found: dict[str, float] = {}
         for node in self.nodes:
             for name, square in node.constants.items():

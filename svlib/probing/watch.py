@@ -26,7 +26,8 @@ Log = Callable[[int, dict[str, float]], Any]
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced: bool = torch._C._get_tracing_state() is not None
+    return traced or torch.compiler.is_compiling()
 
 
 class _Hook:
