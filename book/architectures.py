@@ -331,28 +331,18 @@ def supported(model: nn.Module, batch: Any) -> tuple[str, str, str]:
         warnings.simplefilter(
             "ignore", UserWarning
         )  # of probe; the numbers say it
+        found = sv.explain(model, batch)
+        judged = f"{int(found.trace.judged.sum())} signals"
+        without = [x for x in found.not_judged if "give loss=" not in x]
+        judged += f"; not {'; '.join(without)}" if without else ""
         try:
-            found = sv.explain(model, batch)
+            layers = len(weighted_layers(model))
+            done = sv.init.sample_(model, batch).done
+            counts = done.value_counts().items()
+            repaired = ", ".join(f"{count} {what}" for what, count in counts)
         except ValueError as error:
-            return "only by layers='all'", "no", f"no: {error}"
-        layers = len(weighted_layers(model))
-        followed = int((found.theory.start == "").sum())
-        reasons = set(found.theory.start) - {"", "input"}
-        without = (
-            f"; not {', '.join(sorted(reasons))}" if reasons else ""
-        )
-        try:
-            counts = sv.init.sample_(model, batch).done.value_counts()
-            repaired = ", ".join(
-                f"{count} {done}" for done, count in counts.items()
-            )
-        except ValueError as error:
-            repaired = f"no: {error}"
-    return (
-        f"{len(found.table)} of {layers}",
-        f"{followed} of {len(found.table)}{without}",
-        repaired,
-    )
+            return "only by layers='all'", judged, f"no: {error}"
+    return f"{len(found.table)} of {layers}", judged, repaired
 
 
 def main() -> None:

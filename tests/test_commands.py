@@ -45,7 +45,8 @@ class Masked(nn.Module):
         return self.layer(x) * mask
 
 def biased():
-    model = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30))
+    model = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
+    nn.Linear(30, 9))
     model[2].bias.data += 100
     return model
 

@@ -29,9 +29,9 @@ SHARP = 0.9
 FOREIGN = 10.0
 """Mean square of a batch in units of BatchNorm's running statistics, or 1 over it."""
 OFF = 3.0
-"""Mean of an input's column or channel in its deviations."""
+"""Root mean square of the means of an input's columns, over that of their deviations."""
 APART = 30.0
-"""Ratio of deviations of two columns of an input."""
+"""Deviation of a column of an input, over the median of its columns."""
 SIZE = 10.0
 """Size of an input, or 1 over it."""
 GROWTH = 1000.0
@@ -78,7 +78,7 @@ class Finding:
     start: int = -1
 
     def __str__(self) -> str:
-        words = f"{self.kind}: {self.text}"
+        words = f"{'note, ' * self.note}{self.kind}: {self.text}"
         if self.removed:
             told = [f"{value:.2g} {words}" for words, value in self.removed.items()]
             words += f" {'; then '.join(told)}."
@@ -130,25 +130,18 @@ def _inputs(trace: Trace) -> Iterator[Finding]:
             continue
         extra = node.extra
         size, off, apart = (extra.get(name, 1.0) for name in ("rms", "off", "columns"))
-        beyond = {
-            max(size, 1 / size if size else 1.0) / SIZE: (size, f"its entries have size {size:.2g}"),
-            off / OFF: (
-                off, f"column {extra.get('column', 0):.0f} has a mean of {off:.2g} deviations"
-            ),
-            apart / APART: (
-                apart,
-                f"its columns have deviations {apart:.2g} times apart (column "
-                f"{extra.get('largest', 0):.0f} has the largest)",
-            ),
-        }  # fmt: skip
-        worst = max(beyond)
-        if worst > 1:
-            told = [
-                words for ratio, (_, words) in sorted(beyond.items(), reverse=True) if ratio > 1
-            ]
+        large, wide = extra.get("column", 0), extra.get("largest", 0)
+        size = max(size, 1 / size if size else 1.0)
+        beyond = [
+            (size / SIZE, f"its entries have size {extra['rms']:.2g}"),
+            (off / OFF, f"its mean is {off:.2g} deviations, most in column {large:.0f}"),
+            (apart / APART, f"column {wide:.0f} has {apart:.2g} times the median deviation"),
+        ]
+        told = [words for ratio, words in sorted(beyond, reverse=True) if ratio > 1]
+        if told:
             text = f"the input {node.place!r} is not standardized: {', and '.join(told)}."
-            value = beyond[worst][0]
-            yield Finding("inputs", node.place, text, value, math.log10(worst), number=node.number)
+            worst = max(beyond)[0]
+            yield Finding("inputs", node.place, text, worst, math.log10(worst), number=node.number)
 
 
 def _is_weighed(trace: Trace, node: Node) -> bool:
@@ -254,7 +247,7 @@ def _no_signal(trace: Trace) -> Iterator[Finding]:
 
 def _collapse(trace: Trace) -> Iterator[Finding]:
     """The output that tells inputs apart least, of those that no later one makes good."""
-    low = {n.number for n in trace.judged if _collapsed(n)}
+    low = {n.number for n in trace.judged if collapsed(n)}
     faulty = [
         trace.nodes[n]
         for n in sorted(low)
@@ -284,14 +277,12 @@ def _collapse(trace: Trace) -> Iterator[Finding]:
         text += f", and falls most at {steepest!r}, {math.exp(parts[steepest]):.2g} times"
     elif first is not node:
         text += f", and below {COLLAPSED} from {first.place!r} on"
-    head = not trace.next(node.number) and node is first and len(low) == 1
     decades = math.log10(COLLAPSED / max(spread, 1e-12))
     place = steepest if parts and parts[steepest] < 0.5 * sum(parts.values()) else first.place
-    yield Finding("collapse", place, f"{text}.", spread, decades, head and decades < 0.3,
-                  parts=parts, number=node.number)  # fmt: skip
+    yield Finding("collapse", place, f"{text}.", spread, decades, parts=parts, number=node.number)
 
 
-def _collapsed(node: Node) -> bool:
+def collapsed(node: Node) -> bool:
     """Whether v^2/sigma^2 is below the threshold by more than its sampling."""
     values = node.values
     if values is None or not values.sigma2 > 0:
@@ -302,7 +293,7 @@ def _collapsed(node: Node) -> bool:
 def _held_by_a_stream(trace: Trace, node: Node) -> bool:
     """Whether all ways on lead into sums that are sound."""
     behind = trace.next(node.number)
-    return bool(behind) and all(trace.is_sum(n) and not _collapsed(n) for n in behind)
+    return bool(behind) and all(trace.is_sum(n) and not collapsed(n) for n in behind)
 
 
 def _parts(trace: Trace, node: Node, column: str, start: int = -1) -> dict[str, float]:
@@ -355,7 +346,7 @@ def _scale(trace: Trace) -> Iterator[Finding]:
 
 
 def _starts(trace: Trace) -> list[int | None]:
-    """Where the scale of each node was set last: by an input, a normalization, a bounded function."""
+    """Where the scale of each node was set last: at an input, a norm or a bounded function."""
     found: list[int | None] = []
     for node in trace.nodes:
         sets = node.norm or node.function in BOUNDED or isinstance(node.operation, ops.Input)

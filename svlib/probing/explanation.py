@@ -79,7 +79,9 @@ class Explanation:
 
     def to_html(self, *, unfolded: bool) -> str:
         """The findings as a list, behind them the table, which folds."""
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in repr(self).splitlines())
+        style = ' style="white-space: pre-wrap"'  # code has lines
+        told = [*map(str, self.findings), *(f"not judged: {x}" for x in self.not_judged)]
+        items = "".join(f"<li{style}>{html.escape(line)}</li>" for line in told)
         table = self.table[_COLUMNS].to_html(
             index=False, border=0, float_format="{:.3g}".format, na_rep=""
         )
@@ -259,7 +261,15 @@ def _explained(trial: Trial, finding: Finding) -> Finding:
     if first.node is not None and first.kind in ("biases", "weights", "constants", "statistics"):
         place = first.node.place
     words = {cause.words: cause.value for cause in found}
-    return replace(finding, cause=first.noun, removed=words, place=place)
+    # a head that averages, or starts with a prior for its bias
+    head = finding.kind == "collapse" and not trace.next(number) and node.number == first_low(trace)
+    note = head and (first.kind == "averages" or (first.kind == "biases" and first.node is node))
+    return replace(finding, cause=first.noun, removed=words, place=place, note=note)
+
+
+def first_low(trace: Trace) -> int:
+    """The first node that has collapsed."""
+    return next((n.number for n in trace.judged if d.collapsed(n)), -1)
 
 
 def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]]) -> Finding:

@@ -416,17 +416,13 @@ def _describe(node: Node, x: torch.Tensor, positions: str) -> None:
     node.values, node.unit = Row("input", x, dims, positions).update(x, dims).values(), unit
     flat = x.movedim(unit, -1).flatten(0, -2).double()
     mean, deviation = flat.mean(0), flat.std(0)
-    kept = deviation > 1e-6 * mean.abs()
     node.extra["rms"] = float(flat.square().mean().sqrt())
-    if bool(kept.any()):
-        off = (mean[kept] / deviation[kept]).abs()
-        node.extra |= {
-            "off": float(off.max()),
-            "column": float(kept.nonzero()[int(off.argmax()), 0]),
-            "columns": float(deviation[kept].max() / deviation[kept].min()),
-            "largest": float(kept.nonzero()[int(deviation[kept].argmax()), 0]),
-            "number": float(flat.shape[1]),
-        }
+    varying = deviation[deviation > 0]
+    if len(varying) > 1:
+        node.extra["off"] = float((mean.square().mean() / deviation.square().mean()).sqrt())
+        node.extra["column"] = float(mean.abs().argmax())
+        node.extra["columns"] = float(deviation.max() / varying.median())
+        node.extra["largest"] = float(deviation.argmax())
 
 
 def computes(module: nn.Module) -> bool:
