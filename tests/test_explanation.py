@@ -183,7 +183,8 @@ def test_any_model_is_explained(name: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = sv.explain(model, batch)
     worst = next(x for x in found.findings if not x.note)
-    assert worst.kind == "nothing found" or name in ("MLP", "residual", "VGG-like"), found
+    ill = ("MLP", "residual", "VGG-like", "ViT (transformers)")  # its class token outweighs
+    assert worst.kind == "nothing found" or name in ill, found
     assert found._repr_html_().count("<tr") == len(found.table) + 1
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])

@@ -72,12 +72,14 @@ def test_total_keeps_the_shape_of_a_function_and_the_relation_of_units() -> None
     torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio[0, 0])))
 
 
-def test_batches_are_joined() -> None:
+def test_one_calibration_batch() -> None:
     x = gaussian(40, 20)
-    one, many = MODELS["mlp"]()[0], MODELS["mlp"]()[0]
-    sv.init.sample_(one, x)
-    sv.init.sample_(many, [(x[:7], None), (x[7:], None)])
-    torch.testing.assert_close(one.state_dict(), many.state_dict())
+    one, first = MODELS["mlp"]()[0], MODELS["mlp"]()[0]
+    sv.init.sample_(one, x[:30])
+    sv.init.sample_(first, iter([(x[:30], None), (x[30:], None)]))
+    torch.testing.assert_close(one.state_dict(), first.state_dict())
+    with pytest.raises(ValueError, match="one calibration batch, got a list of 2: join them"):
+        sv.init.sample_(one, [x[:7], x[7:]])
 
 
 def test_idempotent() -> None:
@@ -265,18 +267,15 @@ def test_padding_does_not_count(initializer: Any) -> None:
     def made() -> nn.Module:
         return Tokens(nn.Linear(4, 8), nn.Linear(8, 3))
 
-    long, short = gaussian(30, 6, 4), gaussian(30, 2, 4, seed=1)
-    batches = [
-        {"x": x, "attention_mask": torch.ones(x.shape[:2], dtype=torch.int64)}
-        for x in (long, short)
-    ]
-    with pytest.raises(ValueError, match=r"one shape to be joined, got .* pad them and give mask="):
-        initializer(made(), batches)
+    x = gaussian(60, 6, 4)
+    mask = torch.ones(60, 6, dtype=torch.int64)
+    mask[30:, 2:] = 0
+    batch = {"x": torch.where(mask[..., None] == 1, x, 9.0), "attention_mask": mask}
     model = made()
-    table = initializer(model, batches, mask="attention_mask")
+    table = initializer(model, batch, mask="attention_mask")
     assert set(table.done) == {"set"}
     with torch.no_grad():
-        outputs = [model(x, None).double() for x in (long, short)]  # without padding
+        outputs = [model(x[:30], None).double(), model(x[30:, :2], None).double()]
     mean = torch.cat([y.mean(1) for y in outputs]).mean(0)
     square = torch.cat([y.square().mean(1) for y in outputs]).mean(0)
     if initializer is sv.init.sample_:
@@ -368,8 +367,6 @@ def test_gradients_on_request_and_a_warning_where_they_will_grow() -> None:
     assert float(table.gradient2_before[3] / table.gradient2_before[15]) ** (1 / 12) < 1.2
     residual, batch = models.MODELS["residual"]()
     sv.init.sample_(residual, batch)  # its shortest way has no ReLU: no warning
-    with pytest.raises(ValueError, match="batches must hold the same tensors"):
-        sv.init.total_(nn.Linear(4, 2), [{"input": x[:, :4]}, x[:, :4]])
 
 
 def test_compiled_models_are_set() -> None:

@@ -159,18 +159,6 @@ def test_the_number_of_inputs_can_be_given() -> None:
         sv.probe(linear(), [Record("a", X)])
 
 
-def test_init_joins_batches_where_it_can() -> None:
-    model = One(lambda self, batch: self.layer(batch["x"] * batch["t"]), layer=linear())
-    halves = [{"x": part, "t": torch.tensor(2.0)} for part in X.split(15)]
-    done = sv.init.sample_(model, halves, call=lambda model, batch: model(batch))
-    assert done.v2_after[0] == pytest.approx(1, rel=1e-4)
-    images = [[list(part)] for part in X.split(15)]
-    with pytest.raises(ValueError, match=r"to be joined, got .* in the first: give one batch"):
-        sv.init.sample_(
-            linear(), images, inputs=15, call=lambda model, batch: model(torch.stack(batch[0]))
-        )
-
-
 def test_chunks_of_a_tensor_are_not_arguments() -> None:
     layer = linear()
     for chunks in (X.split(15), X.split(20)):  # the last is shorter

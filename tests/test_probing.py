@@ -551,11 +551,7 @@ def test_tuples_and_dictionaries_are_arguments() -> None:
     assert list(names) == ["first", "second", "add", "first (2)"]
     gradients = sv.probe_gradients(model, (a, b), seed=0)
     assert list(gradients.name) == ["first", "second", "first (2)"]
-    assert (
-        sv.init.sample_(model, [{"a": a[:4], "b": b[:4]}, {"a": a[4:], "b": b[4:]}])
-        .done.tolist()[2]
-        .startswith("left, set")
-    )
+    assert sv.init.sample_(model, {"a": a, "b": b}).done.tolist()[2].startswith("left, set")
 
 
 def test_weights_that_are_not_called_are_named() -> None:
@@ -768,7 +764,7 @@ def test_batches_and_outputs_of_odd_kinds() -> None:
     named = Holds(lambda self, pair: self.layer(pair.first) + pair.second)
     pairs = [{"pair": Pair(x[:4], x[:4])}, {"pair": Pair(x[4:], x[4:])}]
     assert sv.probe(named, pairs).samples.tolist() == [8]
-    assert sv.init.total_(named, pairs).done.tolist() == ["set"]
+    assert sv.init.total_(named, pairs[0]).done.tolist() == ["set"]
     extra = nn.Sequential(WithExtra(4, 4))
     assert len(sv.probe(extra, x)) == 1
     sv.init.sample_(extra, x)

@@ -259,55 +259,6 @@ def _refuse_chunks(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> None
             raise ValueError(text)
 
 
-def joined(batches: Iterable[Batch]) -> Batch:
-    """One batch of batches that are alike in everything but their tensors; with a mask also of
-    different lengths."""
-    listed = list(batches)
-    if (samples := sum(batch.samples for batch in listed)) < 2:
-        raise ValueError(f"batches must hold at least 2 inputs, got {samples}")
-    names = [batch.names() for batch in listed]
-    if any(other != names[0] for other in names):
-        other = next(x for x in names if x != names[0])
-        raise ValueError(f"batches must hold the same tensors, got {names[0]} and {other}")
-    masks = [batch.mask for batch in listed if batch.mask is not None]
-    columns = list(zip(*(batch.tensors() for batch in listed), strict=True))
-    if masks:  # then what is padded does not count
-        columns = [tuple(_padded(column)) for column in columns]
-    places = zip(listed[0].tensors(), names[0], columns, strict=True)
-    parts = {id(x): (name, column) for x, name, column in places}
-    whole: Batch = listed[0].replaced(lambda x: _column(*parts[id(x)], listed))
-    mask = torch.cat(_padded(masks)) if masks else None
-    return whole._replace(samples=samples, mask=mask)
-
-
-def _padded(found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """With zeros behind, so that all have the same size but along the first dimension."""
-    if len({x.ndim for x in found}) > 1 or not found[0].ndim:
-        return list(found)
-    sizes = [max(size) for size in zip(*(x.shape[1:] for x in found), strict=True)]
-    padded = [x.new_zeros(len(x), *sizes) for x in found]
-    for new, x in zip(padded, found, strict=True):
-        new[tuple(map(slice, x.shape))] = x
-    return padded
-
-
-def _column(name: str, found: tuple[torch.Tensor, ...], batches: list[Batch]) -> torch.Tensor:
-    """One tensor of all batches: joined where it holds inputs, the same in all otherwise."""
-    holds = all(x.ndim and len(x) == batch.samples for x, batch in zip(found, batches, strict=True))
-    shapes = sorted({tuple(x.shape[1:]) for x in found})
-    what = name or "a tensor"
-    if holds and len(shapes) == 1:
-        return torch.cat(found)
-    if holds:
-        way = "pad them and give mask=, or give one batch"
-        got = f"got {what} with {shapes[0]} and {shapes[1]}"
-        raise ValueError(f"batches must have inputs of one shape to be joined, {got}: {way}")
-    if all(x.shape == found[0].shape and bool((x == found[0]).all()) for x in found):
-        return found[0]
-    got = f"{what} of shape {tuple(found[0].shape)} in the first: give one batch"
-    raise ValueError(f"batches must have inputs along first dimensions to be joined, got {got}")
-
-
 def counted(
     y: torch.Tensor, dims: Dimensions, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -206,7 +206,10 @@ def _inputs(given: str, samples: int, seed: int, tokens: int | None) -> dict[str
 def _arrays(given: str) -> dict[str, Any]:
     """The arrays of a file by name, of as many inputs each."""
     read = np.load(given, allow_pickle=False)
-    arrays = dict(read) if given.endswith(".npz") else {"": read}
+    arrays = {"": read}
+    if given.endswith(".npz"):
+        with read:
+            arrays = dict(read)
     for array in arrays.values():
         if array.ndim < 1 or array.dtype.kind not in "biuf":
             raise ValueError(

@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from svlib import _check
 from svlib._random import stream
 from svlib.moments import Decomposition, decompose
-from svlib.probing.batches import Batch, Caller, Masker, Reading, counted, joined
+from svlib.probing.batches import Batch, Caller, Masker, Reading, counted
 from svlib.probing.models import (
     MaskError,
     MergedInputsError,
@@ -82,31 +82,29 @@ def total_(
     call: Caller | None = None,
     mask: Masker | None = None,
 ) -> pd.DataFrame:
-    """Rescale every weighted layer, in place, to mean square 1 over inputs and units.
+    r"""Rescale every weighted layer, in place, to mean square 1 over inputs and units.
 
-    Weights and bias are divided by one scalar per layer; the last layer is included. Batches are
-    joined to one calibration batch, and one pass sets all layers, each seeing those before it
+    Weights and bias are divided by one scalar per layer; the last layer is included. The first
+    batch is the calibration batch, and one pass sets all layers, each seeing those before it
     already set. See :mod:`svlib.probing.init` for the layers that are set and those that are left.
 
     Args:
         model: Any module with weighted layers.
-        batches: Calibration inputs, as :func:`svlib.probe` takes them.
+        batches: The calibration batch, as :func:`svlib.probe` takes it; of a ``DataLoader`` the
+            first. S inputs give means and deviations that on others are off by some
+            :math:`1/\sqrt S` of a deviation.
         centred: Subtract one mean per layer from the biases first, in another reading of what the
             paper compares sample init with.
         gradients: Measure squared gradients as well, by a backward pass before and one after.
-        inputs: As in :func:`svlib.probe`.
-        call: As in :func:`svlib.probe`.
-        mask: As in :func:`svlib.probe`. Batches may then have different lengths: they are padded
-            with zeros, which the model is taken to ignore where the mask is 0.
+        inputs, call, mask: As in :func:`svlib.probe`.
 
     Returns:
         One row per call of a layer: ``name``, ``type``, ``done``, and m2, v2, ratio (on request
         gradient2, relative to the last row) before and after.
 
     Raises:
-        ValueError: If no layer can be set, one computes with its weight before it uses it, an
-            output is not finite, batches cannot be joined, or there are fewer than two inputs. The
-            model is then as it was.
+        ValueError: If no layer can be set, an output is not finite, there are fewer than two
+            inputs, or a list of several batches. The model is then as it was.
 
     Warns:
         UserWarning: If layers are left, not because they are frozen or share a weight.
@@ -135,8 +133,7 @@ def sample_(
     r"""Give every unit of every weighted layer, in place, sample mean 0 and sample variance 1.
 
     Arguments, table and errors are those of :func:`total_`. A unit that does not vary over the
-    inputs is left as it is. Squared gradients then grow backwards by 1.467 per ReLU layer. S inputs
-    give means and deviations that on other inputs are off by some :math:`1/\sqrt S` of a deviation.
+    inputs is left as it is. Squared gradients then grow backwards by 1.467 per ReLU layer.
 
     Warns:
         UserWarning: If layers are left as by :func:`total_`, or units;
@@ -187,8 +184,14 @@ def _initialize(
     """Replace every layer's y by (y - shift) / scale, ``shift, scale = parts(decomposition)``."""
     _check.choice("gradients", gradients, (True, False))
     weighted_layers(model)
+    if isinstance(batches, list) and len(batches) > 1:
+        got = f"a list of {len(batches)}"
+        raise ValueError(f"batches must be one calibration batch, got {got}: join them")
     with same_generators(model):  # a loader draws its order, and augments
-        batch = joined(x.copied(model) for x in read_batches(model, batches, reading))
+        batch = next(read_batches(model, batches, reading), None)
+    if batch is None or batch.samples < 2:
+        got = 0 if batch is None else batch.samples
+        raise ValueError(f"batches must hold at least 2 inputs, got {got}")
     places = Places.find(model, batch, watched(model))
     parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = _measured(model, batch, places)
