@@ -339,7 +339,9 @@ def supported(model: nn.Module, batch: Any) -> tuple[str, str, str]:
             layers = len(weighted_layers(model))
             done = sv.init.sample_(model, batch).done
             counts = done.value_counts().items()
-            repaired = ", ".join(f"{count} {what}" for what, count in counts)
+            repaired = ", ".join(
+                f"{count} {what}" for what, count in counts
+            )
         except ValueError as error:
             return "only by layers='all'", judged, f"no: {error}"
     return f"{len(found.table)} of {layers}", judged, repaired

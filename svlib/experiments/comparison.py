@@ -22,6 +22,8 @@ from svlib.experiments.experiment import INITIALIZATIONS, VARIANTS, Experiment
 _PER_RUN = ("diverged", "initialization_seconds", "seconds_per_iteration", "wall_time")
 _POINT = ("initialization", "learning_rate", "seed")
 
+_BEFORE = {"schedule": "constant", "centred": 1}  # of records that do not say it
+
 Data = TypeVar("Data", xr.Dataset, xr.DataArray)
 
 
@@ -41,7 +43,8 @@ def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
         raise ValueError("records must hold at least one, got none")
     settings = [name for name in Experiment.__dataclass_fields__ if name not in _POINT]
     for name in (*settings, "source", "sha256", "svlib", "torch"):
-        if len(found := {str(np.asarray(record.attrs[name]).tolist()) for record in listed}) > 1:
+        values = (record.attrs.get(name, _BEFORE.get(name)) for record in listed)
+        if len(found := {str(np.asarray(value).tolist()) for value in values}) > 1:
             raise ValueError(f"records must agree in {name}, got {sorted(found)}")
     parts = [
         record.assign_coords(layer=np.arange(record.sizes["layer"]))

@@ -72,8 +72,10 @@ class Experiment:
         iterations: Steps of SGD.
         batch_size: Images in a step, drawn without replacement, epoch by epoch (micrographs: crops,
             with replacement).
-        learning_rate: Step size, constant.
+        learning_rate: Step size, at the start if there is a schedule.
         momentum: Momentum of SGD.
+        schedule: "constant", or "cosine" to 0 at the last iteration.
+        centred: Inputs of mean 0 and deviation 1; False: bytes over 255, as a loader gives them.
         calibration: Images in the calibration batch.
         probed: Iterations before which layers, gradients and held-out data are measured, beside the
             start and the end.
@@ -92,11 +94,14 @@ class Experiment:
     probed: tuple[int, ...] = ()
     channels_last: bool = False
     mixed_precision: bool = False
+    schedule: str = "constant"
+    centred: bool = True
 
     def __post_init__(self) -> None:
         _check.choice("data", self.data, DATA)
         _check.choice("initialization", self.initialization, INITIALIZATIONS + VARIANTS)
-        for name in ("channels_last", "mixed_precision"):
+        _check.choice("schedule", self.schedule, ("constant", "cosine"))
+        for name in ("channels_last", "mixed_precision", "centred"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.probed, tuple | list):

@@ -55,7 +55,7 @@ class Task:
                 f"mixed_precision must be False unless device is cuda, got device {device}"
             )
         place = os.environ.get(data.FOLDER_VARIABLE) if folder is None else os.fspath(folder)
-        split = _load(experiment.data, place, device, _files(place))
+        split = _load(experiment.data, place, device, _files(place), experiment.centred)
         for name in ("batch_size", "calibration"):
             asked, there = getattr(experiment, name), len(split.images)
             if experiment.data != "micrographs" and asked > there:
@@ -175,13 +175,18 @@ def loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=2)
 def _load(
-    name: str, folder: str | None, device: torch.device, files: frozenset[tuple[str, int, int]]
+    name: str,
+    folder: str | None,
+    device: torch.device,
+    files: frozenset[tuple[str, int, int]],
+    centred: bool,
 ) -> data.Split:
     """The data on the device. ``files`` tells a folder from what it was before."""
     if name in ("digits", "membranes"):
         split = data.digits() if name == "digits" else data.membranes(seed=0)
     else:
         split = data.cifar10(folder) if name == "cifar10" else _tiled(data.micrographs(folder))
+    split = split if centred else _from_zero(split)
     images, labels, held_out_images, held_out_labels = (part.to(device) for part in split[:4])
     return data.Split(images, labels, held_out_images, held_out_labels, split.source, split.sha256)
 
@@ -192,6 +197,13 @@ def _files(folder: str | None) -> frozenset[tuple[str, int, int]]:
     found = [] if place is None else [*place.glob("*"), *place.glob("*/*")]
     files = [(path, path.stat()) for path in found if path.is_file()]
     return frozenset((str(path), about.st_mtime_ns, about.st_size) for path, about in files)
+
+
+def _from_zero(split: data.Split) -> data.Split:
+    """Images whose training values fill [0, 1], as a loader gives them."""
+    low, high = float(split.images.min()), float(split.images.max())
+    images, held_out = ((x - low) / (high - low) for x in (split.images, split.held_out_images))
+    return split._replace(images=images, held_out_images=held_out)
 
 
 def _tiled(split: data.Split) -> data.Split:

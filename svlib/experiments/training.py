@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 import warnings
@@ -152,7 +153,9 @@ def _checkpoint(folder: Path, task: Task, seed: int, about: Mapping[str, Any]) -
     """A file named by all that the numbers depend on: not by the run's length or its probes."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(task.experiment)
-    del settings["iterations"], settings["probed"]
+    del settings["probed"]
+    if task.experiment.schedule == "constant":  # else the length decides every step
+        del settings["iterations"]
     identity = [settings, seed, task.split.sha256, task.device.type, about["svlib"], about["torch"]]
     text = json.dumps(identity)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.checkpoint"
@@ -212,6 +215,10 @@ class _Training:
         clock, first = time.perf_counter(), state.iteration
         mixed = task.experiment.mixed_precision
         for images, labels in batches:
+            if task.experiment.schedule == "cosine":
+                part = state.iteration / task.experiment.iterations
+                rate = task.experiment.learning_rate * (1 + math.cos(math.pi * part)) / 2
+                self.optimizer.param_groups[0]["lr"] = rate
             with torch.autocast(task.device.type, torch.bfloat16, enabled=mixed):
                 value = loss(model(images.contiguous(memory_format=task.memory_format)), labels)
             self.optimizer.zero_grad()
