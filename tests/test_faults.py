@@ -1,4 +1,7 @@
-"""Known faults, put in by hand, against the finding that comes first; and sound networks."""
+"""Planted faults in architectures that no rule was made for: the first finding names kind and cause.
+
+Every fault is put into a network that is sound without it.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,478 +13,281 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
-from tests.models import gaussian
+from tests.models import gaussian, he_
 
-Made = tuple[nn.Module, Any]
+Made = tuple[Any, torch.Tensor]
 
 
-class Hand(nn.Module):
-    """RMSNorm written out, as in Llama."""
+class Sequence1d(nn.Module):
+    """Convolutions in one dimension, BatchNorm, a mean over positions."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.hidden = nn.ModuleList(nn.Conv1d(a, 24, 3, padding=1) for a in (4, 24, 24, 24))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(24) for _ in range(4))
+        self.head = nn.Linear(24 * 8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.to(torch.float32)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.weight * y.to(x.dtype)
+        for layer, norm in zip(self.hidden, self.norms, strict=True):
+            x = torch.relu(norm(layer(x)))
+        return self.head(F.max_pool1d(x, 2).flatten(1))
 
 
-class Block(nn.Module):
-    """Pre-norm attention and a gated MLP on a residual stream."""
+class GraphNetwork(nn.Module):
+    """Graphs of 8 nodes: own features and those of the neighbours, the first node is read."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2 = Hand(width), Hand(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.gate, self.up = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
+        self.first = nn.Linear(6, 32)
+        self.own = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.beside = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.head = nn.Linear(32, 5)
+        ring = torch.eye(8).roll(1, 0)
+        self.register_buffer("adjacency", (ring + ring.T) / 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        x = self.first(x)
+        for own, beside in zip(self.own, self.beside, strict=True):
+            x = torch.relu(0.8 * own(x) + 0.6 * (self.adjacency @ beside(x)))
+        return self.head(x[:, 0])
 
 
-class Transformer(nn.Module):
-    def __init__(self, width: int = 64, depth: int = 4) -> None:
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(90, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm, self.head = Hand(width), nn.Linear(width, 90)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-class Pooled(nn.Module):
-    """A vision transformer in small: patches, a class token, its output."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.patches = nn.Linear(12, width)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+        self.embed, self.lstm = nn.Linear(6, 24), nn.LSTM(24, 24, batch_first=True)
+        self.mid, self.head = nn.Linear(24, 24), nn.Linear(24, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.token.expand(len(x), -1, -1), self.patches(x)], 1)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        y = self.lstm(self.embed(x))[0][:, -1]
+        return self.head(torch.relu(self.mid(4 * y)))
 
 
-class Residual(nn.Module):
-    def __init__(self, width: int = 128, depth: int = 6) -> None:
+class Mixture(nn.Module):
+    """Every input goes to one of three experts."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(30, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.last = nn.Linear(width, 10)
+        self.first, self.gate = nn.Linear(10, 32), nn.Linear(32, 3)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.mid, self.head = nn.Linear(32, 32), nn.Linear(32, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.first(x)
-        for norm, block in zip(self.norms, self.blocks, strict=True):
-            y = y + block(torch.relu(norm(y)))
-        return self.last(y)
+        x = torch.relu(self.first(x))
+        weights = self.gate(x).softmax(-1)
+        chosen = weights.argmax(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            held = (chosen == number).nonzero()[:, 0]
+            y[held] = expert(x[held]) * weights[held, number : number + 1]
+        return self.head(torch.relu(self.mid(torch.relu(x + y))))
 
 
-def linear_(model: nn.Module, deviation: float) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(len(name))
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, 0.0, deviation, generator=generator)
-        elif "bias" in name:
-            nn.init.zeros_(parameter)
+class Decoder(nn.Module):
+    """Rotary attention, RMSNorm, gated units; half of the layers attend by torch's function."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 5)
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        sizes = [(width, width)] * 4 + [(width, 2 * width)] * 2 + [(2 * width, width)]
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(a, b) for n, (a, b) in zip(names, sizes, strict=True)})
+            for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(5))
+        self.scale = 1 / math.sqrt(width)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(x.shape[1])[:, None] / 10 ** torch.arange(x.shape[2] // 2)
+        a, b = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for number, layer in enumerate(self.layers):
+            y = self.norms[2 * number](x)
+            q, k, v = self.turned(layer["q"](y)), self.turned(layer["k"](y)), layer["v"](y)
+            if number:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            else:
+                mask = torch.ones(x.shape[1], x.shape[1]).tril() == 0
+                scores = (q @ k.mT * self.scale).masked_fill(mask, -torch.inf)
+                y = scores.softmax(-1) @ v
+            x = x + 0.5 * layer["o"](y)
+            y = self.norms[2 * number + 1](x)
+            x = x + 0.5 * layer["down"](F.silu(layer["gate"](y)) * layer["up"](y))
+        return self.head(self.norms[4](x)[:, -1])
+
+
+def small(model: nn.Module, gain: float = 1.0) -> nn.Module:
+    """Weights of fan-in times variance ``gain``, biases 0."""
+    for number, layer in enumerate(model.modules()):
+        if isinstance(layer, nn.Linear):
+            generator = torch.Generator().manual_seed(number)
+            nn.init.normal_(layer.weight, 0, math.sqrt(gain / layer.in_features), generator)
+            nn.init.zeros_(layer.bias)
     return model
 
 
-def convolutional(batchnorm: bool = False) -> Made:
-    return sv.networks.all_cnn_c(16, batchnorm=batchnorm, seed=0), gaussian(32, 3, 32, 32)
+def mixture() -> nn.Module:
+    return he_(Mixture())
 
 
-def mlp() -> Made:
-    return sv.networks.mlp(30, width=128, depth=6, outputs=10, seed=0), gaussian(200, 30)
-
-
-def residual() -> Made:
-    return sv.networks.he_(Residual(), seed=0), gaussian(200, 30)
-
-
-def transformer() -> Made:
-    ids = torch.randint(90, (64, 12), generator=torch.Generator().manual_seed(0))
-    return linear_(Transformer(), 0.1), ids
-
-
-def vision() -> Made:
-    return linear_(Pooled(), 0.2), gaussian(64, 9, 12)
-
-
-SOUND: dict[str, Callable[[], Made]] = {
-    "MLP": mlp,
-    "convolutional": convolutional,
-    "BatchNorm": lambda: convolutional(batchnorm=True),
-    "residual": residual,
-    "transformer": transformer,
-    "vision": vision,
+SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "1-D CNN": (lambda: he_(Sequence1d()), (4, 16), "hidden.1"),
+    "graph network": (lambda: he_(GraphNetwork()), (8, 6), "own.1"),
+    "LSTM": (lambda: he_(Recurrent()), (9, 6), "mid"),
+    "mixture of experts": (mixture, (10,), "mid"),
+    "decoder": (lambda: small(Decoder()), (7, 6), "head"),
+    "U-Net": (lambda: sv.networks.UNet(8, levels=2, seed=0), (1, 16, 16), "down.1.2"),
 }
-ALARMS = {"collapse", "explosion", "loss of scale", "dead units", "no signal", "saturation",
-          "equal inputs", "padding", "input scale", "absolute scale"}  # fmt: skip
 
 
-def first(model: nn.Module, batch: Any, **options: Any) -> str:
-    return str(sv.explain(model, batch, **options).findings[0])
+def made(name: str, inputs: int = 48) -> tuple[nn.Module, torch.Tensor, str]:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        make, shape, layer = SOUND[name]
+        return make(), gaussian(inputs, *shape, seed=3), layer
 
 
-@pytest.mark.parametrize("layers", [None, "all"])
+@pytest.mark.filterwarnings("ignore:.* have no row")  # experts, and what is mixed
+@pytest.mark.parametrize("inputs", [4, 32, 256])
 @pytest.mark.parametrize("name", SOUND)
-def test_no_false_alarm(name: str, layers: str | None) -> None:
-    found = sv.explain(*SOUND[name](), layers=layers).findings
-    assert not {finding.kind for finding in found} & ALARMS, found
-    assert len(found) <= 3
+def test_nothing_is_found_in_sound_networks(name: str, inputs: int) -> None:
+    model, x, _ = made(name, inputs)
+    found = sv.explain(model, x).findings
+    assert not [finding for finding in found if not finding.note][1:], found
+    assert found[0].kind == "nothing found"
 
 
-def weighted(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    kinds = (nn.Linear, nn.Conv2d)
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+def layer_of(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
 
 
-def hidden(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """A layer on the way of the signal, not in a branch."""
-    layers = dict(weighted(model))
-    name = {"Residual": "first", "Transformer": "head", "Pooled": "head"}.get(type(model).__name__)
-    return (name, layers[name]) if name else list(layers.items())[2]
+Planted = tuple[nn.Module, torch.Tensor, set[str], list[str]]
+Fault = Callable[[nn.Module, torch.Tensor, str], Planted]
 
 
-Fault = Callable[[nn.Module, Any], tuple[nn.Module, Any, list[str]]]
+def bias(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    layer = layer_of(model, name)
+    nn.init.normal_(layer.bias, 0, 40, torch.Generator().manual_seed(1))
+    return model, x, {"collapse", "explosion"}, [f"bias of {name!r}"]
 
 
-def bias(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    name, layer = hidden(model)
-    generator = torch.Generator().manual_seed(1)
-    nn.init.normal_(layer.bias, 0.0, 30.0, generator=generator)  # type: ignore[arg-type]
-    return model, batch, [f"the bias of {name!r}"]
+def mean(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    return model, x + 8, {"inputs", "collapse", "saturation"}, ["mean", "centred", "standardized"]
 
 
-def mean(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    return model, batch + 30, ["the mean of the input"]
+def column(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    x = x.clone()
+    (x[:, 0] if x.ndim != 3 or x.shape[1] == 4 else x[..., 0]).mul_(500)
+    return model, x, {"inputs", "saturation"}, ["standardized"]
 
 
-def large(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    return model, batch * 1e7, ["input scale"]
+def bytes_(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    return model, (x.clamp(-2, 2) + 2) * 64, {"inputs", "saturation"}, ["standardized"]
 
 
-def dead(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    name, layer = weighted(model)[2]
-    nn.init.constant_(layer.bias, -1000.0)  # type: ignore[arg-type]
-    return model, batch, [f"100% of the units of {name!r}", f"of {name!r}"]
+def dead(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    nn.init.constant_(layer_of(model, name).bias, -1000.0)
+    return model, x, {"dead units"}, [repr(name)]
 
 
-def scaled(factor: float, kind: str) -> Fault:
-    def put(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-        with torch.no_grad():
-            for _, layer in weighted(model):
-                layer.weight.mul_(factor)
-        return model, batch, [kind]
-
-    return put
+def zero(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    for parameter in layer_of(model, name).parameters():
+        nn.init.zeros_(parameter)
+    return model, x, {"no signal", "dead units"}, [repr(name)]
 
 
-def equal(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    return model, batch[:1].expand_as(batch).clone(), ["equal inputs"]
-
-
-def zero(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    name, layer = hidden(model)
-    nn.init.zeros_(layer.weight)
-    return model, batch, [f"σ² is 0 at {name!r}"]
-
-
-def wrong_fan(model: nn.Module, batch: Any) -> tuple[nn.Module, Any, list[str]]:
-    name, layer = hidden(model)
+def large(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
     with torch.no_grad():
-        layer.weight.mul_(40.0)
-    return model, batch, [f"change is at {name!r}"]
+        layer_of(model, name).weight.mul_(100)
+    return model, x, {"explosion"}, [repr(name), "weights"]
 
 
-PLAIN = ("MLP", "convolutional")
-CASES: dict[str, tuple[Fault, tuple[str, ...]]] = {
-    "bias": (bias, ("MLP", "convolutional", "residual", "transformer", "vision")),
-    "input mean": (mean, ("MLP", "convolutional", "residual")),
-    "input scale": (large, ("MLP", "convolutional", "BatchNorm", "residual", "vision")),
-    "dead layer": (dead, ("MLP", "convolutional", "residual", "transformer", "vision")),
-    "vanishing": (scaled(0.2, "loss of scale"), PLAIN),
-    "exploding": (scaled(5.0, "explosion"), PLAIN),
-    "equal inputs": (equal, tuple(SOUND)),
-    "zero weights": (zero, (*PLAIN, "residual", "transformer", "vision")),
-    "wrong fan": (wrong_fan, (*PLAIN, "transformer", "vision")),
+def tiny(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+                module.weight.mul_(0.03)
+    return model, x, {"loss of scale"}, ["weights"]
+
+
+class Swapped(nn.Module):
+    """A view that should have been a transpose, in front of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten().view(*x.shape[1:], len(x)).movedim(-1, 0))
+
+
+def mixed(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    model.set_submodule(name, Swapped(model.get_submodule(name)))
+    return model, x, {"mixing"}, ["other inputs"]
+
+
+def detached(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    layer_of(model, name).register_forward_hook(lambda module, given, y: y.detach())
+    return model, x, {"gradients"}, ["no gradient"]
+
+
+def equal(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    return model, x[:1].expand_as(x).clone(), {"inputs"}, ["equal"]
+
+
+def foreign(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    model.eval()
+    norm: Any = model.get_submodule("norms.1")
+    norm.running_mean += 60
+    return model, x, {"statistics", "dead units"}, ["statistics in BatchNorm", "norms.1"]
+
+
+def sharp(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    with torch.no_grad():
+        for layer in model.layers:  # type: ignore[union-attr]
+            layer["q"].weight.mul_(20)
+            layer["k"].weight.mul_(20)
+    return model, x, {"saturation"}, ["softmax", "attention"]
+
+
+def shut(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
+    nn.init.constant_(model.lstm.bias_hh_l0[24:48], -9.0)  # type: ignore[index, union-attr]
+    nn.init.constant_(model.lstm.bias_ih_l0[24:48], 0.0)  # type: ignore[index, union-attr]
+    return model, x, {"saturation"}, ["forget gate"]
+
+
+ALL = tuple(SOUND)
+NORMALIZED = ("1-D CNN", "decoder")  # which takes these away
+MATRIX: dict[str, tuple[Fault, tuple[str, ...]]] = {
+    "bias": (bias, tuple(x for x in ALL if x not in NORMALIZED)),
+    "input mean": (mean, tuple(x for x in ALL if x not in ("LSTM",))),
+    "column x 500": (column, tuple(x for x in ALL if x != "U-Net")),
+    "bytes": (bytes_, ALL),
+    "dead layer": (dead, ("graph network", "LSTM", "mixture of experts", "U-Net")),
+    "zero weights": (zero, ("LSTM", "mixture of experts", "U-Net")),
+    "one layer x 100": (large, ("graph network", "LSTM", "mixture of experts", "U-Net")),
+    "small weights": (tiny, ("graph network", "mixture of experts", "U-Net")),
+    "mixed inputs": (mixed, tuple(x for x in ALL)),
+    "detached": (detached, ("1-D CNN", "LSTM", "U-Net")),
+    "equal inputs": (equal, ALL),
+    "foreign statistics": (foreign, ("1-D CNN",)),
+    "sharp attention": (sharp, ("decoder",)),
+    "shut gate": (shut, ("LSTM",)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* have no row")  # experts, and what is mixed
 @pytest.mark.parametrize(
-    ("fault", "name"), [(fault, name) for fault, (_, names) in CASES.items() for name in names]
+    ("fault", "name"), [(fault, name) for fault, (_, names) in MATRIX.items() for name in names]
 )
-def test_the_cause_comes_first(fault: str, name: str) -> None:
-    model, batch, words = CASES[fault][0](*SOUND[name]())
-    assert any(word in first(model, batch) for word in words), first(model, batch)
-
-
-def test_one_bad_branch_is_named() -> None:
-    model, x = residual()
-    with torch.no_grad():
-        model.blocks[3].weight.mul_(1e3)  # type: ignore[index, union-attr]
-    assert "'blocks.3'" in first(model, x)
-    with torch.no_grad():
-        model.blocks[3].weight.zero_()  # type: ignore[index, union-attr]
-    assert first(model, x).startswith("sound")  # a branch that starts at 0 is no fault
-
-
-def test_a_missing_norm() -> None:
-    model, x = residual()
-    for block in model.blocks:  # type: ignore[union-attr]
-        with torch.no_grad():
-            block.weight.mul_(4.0)
-    assert first(model, x).startswith("sound")
-    model.norms = nn.ModuleList(nn.Identity() for _ in range(6))
-    assert first(model, x).startswith("explosion")
-
-
-@pytest.mark.parametrize("put", [bias, mean, dead, wrong_fan, scaled(0.2, ""), scaled(5.0, "")])
-def test_what_batchnorm_takes_away_is_no_fault(put: Fault) -> None:
-    model, batch, _ = put(*SOUND["BatchNorm"]())
-    assert first(model, batch).startswith("sound")
-
-
-def test_a_constant_token_that_outweighs_the_signal() -> None:
-    model, x = vision()
-    nn.init.normal_(model.token, 0.0, 50.0)  # type: ignore[arg-type]
-    assert "constant that cat puts beside" in first(model, x)
-
-
-def test_padding_is_named() -> None:
-    model, ids = transformer()
-    for row, length in enumerate(torch.arange(len(ids)) % 8 + 4):
-        ids[row, length:] = 0
-    assert first(model, ids).startswith("padding: 3")
-    assert not first(*transformer()).startswith("padding")
-
-
-class Net(nn.Module):
-    """Layers and a function of one's own."""
-
-    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *given: Any, **named: Any) -> Any:
-        return self.function(self, *given, **named)
-
-
-X = gaussian(100, 8, seed=5)
-
-
-def small_(layer: nn.Linear, deviation: float) -> nn.Linear:
-    nn.init.normal_(layer.weight, std=deviation, generator=torch.Generator().manual_seed(0))
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def test_a_tensor_that_is_returned_again_keeps_its_row() -> None:
-    def both(s: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        y = s.norm(s.a(x))
-        return {"logits": s.head(y), "hidden": y}
-
-    model = Net(
-        both, a=small_(nn.Linear(8, 64), 0.01), norm=nn.LayerNorm(64), head=nn.Linear(64, 4)
-    )
-    found = sv.explain(model, X, layers="all")
-    assert not {finding.kind for finding in found.findings} & ALARMS
-    lines = dict(zip(found.theory.name, found.theory.start, strict=True))
-    assert lines["norm"] == ""
-    assert ("norm", "['hidden']") in [call.rows for call in found.calls]
-
-
-def test_branches_that_never_meet_are_not_compared() -> None:
-    model = Net(
-        lambda s, a, b: s.e(s.n1(a)) + s.d(s.n2(b)), n1=nn.LayerNorm(8), n2=nn.LayerNorm(8),
-        e=nn.Linear(8, 8), d=small_(nn.Linear(8, 8), 0.001),
-    )  # fmt: skip
-    assert first(model, (X, X.flip(0))).startswith("sound")
-
-
-def test_of_two_towers_the_input_at_fault_is_named() -> None:
-    model = Net(
-        lambda s, a, b: s.o(torch.cat([s.a(a), s.b(b)], 1)),
-        a=nn.Linear(8, 64), b=nn.Linear(8, 64), o=nn.Linear(128, 2),
-    )  # fmt: skip
-    for layer in model.children():
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    assert "the mean of the input 'argument 1'" in first(model, (X, X + 100))
-
-
-def test_a_constant_side_input_blames_no_data() -> None:
-    model = Net(
-        lambda s, x, t: s.o(torch.relu(s.t(torch.full((len(x), 4), 0.5) + 0 * t) + s.x(x))),
-        t=nn.Linear(4, 16), x=nn.Linear(8, 16), o=nn.Linear(16, 8),
-    )  # fmt: skip
-    assert first(model, (X, torch.zeros(100, 4))).startswith("sound")
-
-
-def test_bounded_outputs_and_small_branches_are_no_collapse() -> None:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        head = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
-    logits = nn.Sequential(*head, nn.LogSoftmax(1))
-    found = {finding.kind for finding in sv.explain(logits, X, layers="all").findings}
-    assert not found & ALARMS
-
-
-def test_rmsnorm_by_hand_is_rmsnorm() -> None:
-    layers = [small_(nn.Linear(8, 64), 0.01), nn.Linear(64, 64)]
-    tables = []
-    for norm in (Hand(64), nn.RMSNorm(64, eps=1e-6)):
-        explanation = sv.explain(nn.Sequential(layers[0], norm, layers[1]), X)
-        assert not {finding.kind for finding in explanation.findings} & ALARMS
-        assert explanation.theory.start.tolist() == ["input", ""]
-        tables.append(explanation.theory)
-    torch.testing.assert_close(
-        torch.tensor(tables[0].m2.to_numpy()), torch.tensor(tables[1].m2.to_numpy())
-    )
-
-
-def test_layernorm_by_hand_is_layernorm() -> None:
-    def by_hand(s: Any, x: torch.Tensor) -> Any:
-        y = torch.relu(s.a(x))
-        centred = y - y.mean(-1, keepdim=True)
-        variance = centred.pow(2).mean(-1, keepdim=True)
-        return s.b(centred / torch.sqrt(variance + 1e-5))
-
-    a, b = small_(nn.Linear(8, 256), 0.5), small_(nn.Linear(256, 256), 0.09)
-    theory = sv.explain(Net(by_hand, a=a, b=b), X).theory
-    module = nn.Sequential(a, nn.ReLU(), nn.LayerNorm(256, elementwise_affine=False), b)
-    expected = sv.explain(module, X).theory
-    assert theory.start.tolist() == ["input", ""]
-    assert theory.fraction.iloc[1] == pytest.approx(expected.fraction.iloc[1], rel=1e-6)
-
-
-def test_a_chaotic_network_is_not_called_sound() -> None:
-    layers = [part for _ in range(20) for part in (nn.Linear(100, 100), nn.Tanh())]
-    model = linear_(nn.Sequential(*layers), 0.5)
-    found = sv.explain(model, gaussian(200, 100)).findings
-    assert found[0].kind == "saturation"
-    assert "sound" not in {finding.kind for finding in found}
-
-
-class Sine(nn.Module):
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(2 if n == 0 else width, width) for n in range(4))
-        self.last = nn.Linear(width, 1)
-        for n, layer in enumerate(self.layers):
-            bound = 0.5 if n == 0 else math.sqrt(6 / width) / 30
-            nn.init.uniform_(layer.weight, -bound, bound)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        nn.init.uniform_(self.last.weight, -math.sqrt(6 / width) / 30, math.sqrt(6 / width) / 30)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = torch.sin(30 * layer(x))
-        return self.last(x)
-
-
-def test_siren_as_its_authors_initialize_it_is_sound() -> None:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        model = Sine()
-    assert first(model, torch.rand(200, 2) * 2 - 1).startswith("sound")
-
-
-@pytest.mark.parametrize(
-    "rectifier",
-    [
-        F.relu6,
-        lambda y: F.hardtanh(y, 0.0, 1.0),
-        lambda y: F.threshold(y, 0.0, 0.0),
-        lambda y: torch.clamp(y, min=0),
-        lambda y: torch.maximum(y, torch.zeros(())),
-        lambda y: y * (y > 0),
-        lambda y: torch.relu(y[:, :20]),
-    ],
-)
-def test_dead_units_before_any_rectifier(rectifier: Callable[..., Any]) -> None:
-    a = nn.Linear(8, 30)
-    nn.init.constant_(a.bias, -100.0)
-    model = Net(lambda s, x: rectifier(s.a(x)), a=a)
-    assert first(model, X).startswith("dead units: 100% of the units of 'a'")
-
-
-def test_absolute_scale_has_a_word() -> None:
-    layer = nn.Linear(8, 8, bias=False)
-    assert first(layer, X * 1e15).startswith("input scale")
-    nn.init.normal_(layer.weight, std=1e6)
-    kinds = {finding.kind for finding in sv.explain(layer, X).findings}
-    assert "absolute scale" in kinds
-
-
-def test_nothing_is_said_of_relu_where_there_is_none() -> None:
-    model = sv.networks.mlp(8, width=50, depth=4, outputs=5, batchnorm=True, seed=0)
-    tanh = nn.Sequential(*(nn.Tanh() if isinstance(m, nn.ReLU) else m for m in model))
-    assert "ReLU" not in str(sv.explain(tanh, X))
-
-
-def test_a_collapse_of_directions_is_seen_where_lengths_keep_the_variance() -> None:
-    deep = sv.networks.mlp(64, width=64, depth=100, outputs=10, seed=0)
-    explanation = sv.explain(deep, gaussian(500, 64))
-    assert explanation.table.fraction.iloc[40] > 0.1
-    y = deep[:81](gaussian(500, 64)).detach().double()  # layer 40
-    unit = y / y.norm(dim=1, keepdim=True)
-    by_hand = float((unit @ unit.T).sum() - 500) / (500 * 499)
-    assert explanation.table.cosine.iloc[40] == pytest.approx(by_hand, rel=1e-6)
-    assert str(explanation.findings[0]).startswith("collapse: ")
-    assert "ReLU" in str(explanation.findings[0])
-
-
-class OfPoints(nn.Module):
-    """A set network: the mean over points, between two parts."""
-
-    def __init__(self, bias: float = 0.0) -> None:
-        super().__init__()
-        self.inner = sv.networks.mlp(3, width=128, depth=2, outputs=128, seed=0)
-        self.outer = sv.networks.mlp(128, width=128, depth=2, outputs=10, seed=1)
-        with torch.no_grad():
-            next(iter(self.outer)).bias.fill_(bias)  # type: ignore[operator]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.outer(torch.relu(self.inner(x)).mean(1))
-        return y
-
-
-def test_an_average_over_positions_is_the_cause() -> None:
-    points = gaussian(128, 32, 3)
-    explanation = sv.explain(OfPoints(), points)
-    found = explanation.findings[0]
-    assert "The cause is the average before 'outer.0' (mean)" in found.text
-    fraction = explanation.table.set_index("name").fraction["outer.0"]
-    assert found.text.startswith(f"v²/σ² is {fraction:.2g} at 'outer.0'")
-    assert "bias of 'outer.0'" in str(sv.explain(OfPoints(5.0), points).findings[0])
-
-
-def test_biases_of_many_layers_are_one_cause() -> None:
-    """torch's default, by which every layer's bias does a little."""
-    generator = torch.Generator().manual_seed(0)
-    deep = sv.networks.mlp(20, width=128, depth=30, outputs=10, seed=0)
-    for layer in deep:
-        if isinstance(layer, nn.Linear):
-            for parameter in (layer.weight, layer.bias):
-                bound = layer.in_features**-0.5
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    found = str(sv.explain(deep, gaussian(128, 20)).findings[0])
-    assert "The cause is the bias of" in found
-    assert "and others" in found
+def test_the_planted_fault_comes_first(fault: str, name: str) -> None:
+    model, x, layer = made(name)
+    model, x, kinds, words = MATRIX[fault][0](model, x, layer)
+    finding = sv.explain(model, x).findings[0]
+    assert finding.kind in kinds, str(finding)
+    assert any(word in f"{finding} {finding.cause} {finding.place!r}" for word in words), finding

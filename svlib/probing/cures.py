@@ -266,7 +266,8 @@ def tried(
                 "code": cure.code,
             }
         )
-    return pd.DataFrame(rows).set_index("cure"), after
+    frame = pd.DataFrame(rows)
+    return (frame.set_index("cure") if rows else frame), after
 
 
 def gradients(model: nn.Module, batch: Batch, trace: Trace, *, whole: bool) -> None:

@@ -170,14 +170,17 @@ def _statistics(trace: Trace) -> Iterator[Finding]:
     )
     text += f"the batch has mean square {ratio:.2g} instead of 1"
     text += f" ({len(worst)} such)." if len(worst) > 1 else "."
-    yield Finding("statistics", node.place, text, ratio, math.log10(size / FOREIGN),
+    untrained = node.extra.get("updates") == 0 and size < FOREIGN**4
+    if node.extra.get("updates") == 0:
+        text += " It has never been trained."
+    yield Finding("statistics", node.place, text, ratio, math.log10(size / FOREIGN), untrained,
                   number=node.number)  # fmt: skip
 
 
 def _saturation(trace: Trace) -> Iterator[Finding]:
     for name, limit, words in (
-        ("sharpness", SHARP, "softmax {!r} gives the largest weight {:.2g} in the mean: attention "
-         "looks at one position"),
+        ("sharpness", SHARP, "the largest weight of softmax {!r} is {:.2g} in the mean: one entry "
+         "takes all"),
         ("saturated", SATURATED, "{!r} has {:.0%} of its outputs at its ends, where it is flat"),
     ):  # fmt: skip
         held = [n for n in trace.nodes if n.extra.get(name, 0.0) > limit and n.varies]
@@ -202,7 +205,7 @@ def _saturation(trace: Trace) -> Iterator[Finding]:
 
 def _dead(trace: Trace) -> Iterator[Finding]:
     held = [n for n in trace.nodes if n.extra.get("dead", 0.0) > DEAD and n.varies]
-    held = [n for n in held if _signal_in(trace, n) > 0]
+    held = [n for n in held if _signal_in(trace, n) > 0 and n.number not in trace.gates]
     if not held:
         return
     node = max(held, key=lambda n: (n.extra["dead"], -n.number))
@@ -234,7 +237,8 @@ def _no_signal(trace: Trace) -> Iterator[Finding]:
     for node in zero[:1]:
         behind = trace.next(node.number)
         added = [n for n in behind if n.values is not None and n.values.sigma2 > 0]
-        if added:  # to a signal
+        blocked = any(n.extra.get("dead") == 1 for n in trace.upstream(node.number))
+        if added or blocked:  # to a signal; by what is found already
             continue
         last = not behind
         text = f"the output of {node.place!r} is 0 for every input"
@@ -248,12 +252,11 @@ def _no_signal(trace: Trace) -> Iterator[Finding]:
 def _collapse(trace: Trace) -> Iterator[Finding]:
     """The output that tells inputs apart least, of those that no later one makes good."""
     low = {n.number for n in trace.judged if collapsed(n)}
-    faulty = [
-        trace.nodes[n]
-        for n in sorted(low)
-        if not (behind := trace.next(n)) or any(b.number in low for b in behind)
-    ]
-    faulty = [n for n in faulty if not _held_by_a_stream(trace, n)]
+    stays: dict[int, bool] = {}  # to an output
+    for n in sorted(low, reverse=True):
+        behind = trace.next(n)
+        stays[n] = not behind or any(stays.get(b.number, False) for b in behind)
+    faulty = [trace.nodes[n] for n in sorted(low) if stays[n]]
     if not faulty:
         return
     first = faulty[0]
@@ -262,14 +265,15 @@ def _collapse(trace: Trace) -> Iterator[Finding]:
         for n in trace.nodes
         if first.number in {u.number for u in trace.upstream(n.number)}
     }
-    node = min((trace.nodes[n] for n in family), key=lambda n: n.values.spread if n.values else 1)
+    node = min((trace.nodes[n] for n in family), key=lambda n: n.values.fraction if n.values else 1)
     values = node.values
     assert values is not None
-    parts = _parts(trace, node, "spread")
+    column = "fraction" if values.fraction < COLLAPSED else "spread"
+    parts = _parts(trace, node, column)
     steepest = min(parts, key=parts.__getitem__, default=node.place)
-    spread = max(values.spread, 0.0)
+    spread = max(getattr(values, column), 0.0)
     if values.fraction < COLLAPSED:
-        text = f"v²/σ² is {max(values.fraction, 0):.2g} at {node.place!r}"
+        text = f"v²/σ² is {spread:.2g} at {node.place!r}"
     else:
         text = f"inputs point in nearly one direction at {node.place!r}: 1 minus their mean cosine "
         text += f"is {spread:.2g}"
@@ -288,12 +292,6 @@ def collapsed(node: Node) -> bool:
     if values is None or not values.sigma2 > 0:
         return False
     return values.spread * (1 + math.sqrt(2 / (values.samples - 1))) < COLLAPSED
-
-
-def _held_by_a_stream(trace: Trace, node: Node) -> bool:
-    """Whether all ways on lead into sums that are sound."""
-    behind = trace.next(node.number)
-    return bool(behind) and all(trace.is_sum(n) and not collapsed(n) for n in behind)
 
 
 def _parts(trace: Trace, node: Node, column: str, start: int = -1) -> dict[str, float]:
@@ -378,23 +376,23 @@ def _matters(trace: Trace, number: int, falling: bool) -> bool:
         if at not in seen:
             seen[at] = False
             behind = trace.next(at)
-            seen[at] = not behind or any(map(passes, behind, [at] * len(behind)))
+            last = not behind and (not falling or (trace.nodes[at].weights and at != number))
+            seen[at] = last or any(map(passes, behind, [at] * len(behind)))
         return seen[at]
 
     def passes(child: Node, at: int) -> bool:
-        values, before = child.values, trace.nodes[at].values
+        values, before = child.values, _effective(trace, trace.nodes[at])
         assert values is not None
-        assert before is not None
         if child.norm:  # unless what it gets is below its eps
             gamma2 = getattr(child.operation, "gamma2", 0.0)
             return falling and values.sigma2 < 0.1 * gamma2
-        if falling and trace.is_sum(child) and values.sigma2 > 10 * before.sigma2:
+        if falling and trace.is_sum(child) and values.sigma2 > 2 * before:
             return False
         if any(n.function in BOUNDED for n in _between(trace, at, child)):
             return False
         return reaches(child.number)
 
-    return bool(trace.next(number) or not falling) and reaches(number)
+    return reaches(number)
 
 
 def _between(trace: Trace, number: int, child: Node) -> list[Node]:

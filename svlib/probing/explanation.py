@@ -222,14 +222,15 @@ def _explained(trial: Trial, finding: Finding) -> Finding:
 
     targets, suspects = {"row": node}, lambda kind: True
     if finding.kind == "collapse":
-        value: Callable[[dict[str, Values]], float] = lambda at: at["row"].spread  # noqa: E731
+        column = "fraction" if node.values and node.values.fraction < d.COLLAPSED else "spread"
+        value: Callable[[dict[str, Values]], float] = lambda at: getattr(at["row"], column)  # noqa: E731
         sound, better = (lambda x: x >= d.COLLAPSED), log
     elif finding.kind in ("explosion", "loss of scale"):
         start = trace.nodes[finding.start]
         fixed = 1.0 if start.values is None else start.values.sigma2
         if start.key and start is not node:
             targets["start"] = start
-        value = lambda at: at["row"].sigma2 / (at["start"].sigma2 if "start" in at else fixed)  # noqa: E731
+        value = lambda at: at["row"].sigma2 / max(at["start"].sigma2 if "start" in at else fixed, 1e-300)  # noqa: E731
         sound = lambda x: 1 / d.SCALE < x < d.SCALE  # noqa: E731
         better = lambda new, old: abs(log(old, 1.0)) - abs(log(new, 1.0))  # noqa: E731
         suspects = lambda kind: not kind.startswith("input") or bool(start.key)  # noqa: E731
@@ -261,9 +262,9 @@ def _explained(trial: Trial, finding: Finding) -> Finding:
     if first.node is not None and first.kind in ("biases", "weights", "constants", "statistics"):
         place = first.node.place
     words = {cause.words: cause.value for cause in found}
-    # a head that averages, or starts with a prior for its bias
+    # a head that starts with a prior for its bias
     head = finding.kind == "collapse" and not trace.next(number) and node.number == first_low(trace)
-    note = head and (first.kind == "averages" or (first.kind == "biases" and first.node is node))
+    note = head and first.kind == "biases" and first.node is node
     return replace(finding, cause=first.noun, removed=words, place=place, note=note)
 
 

@@ -91,7 +91,9 @@ class Places:
         order = {key: number for number, key in enumerate(many)}
         self._mixed = frozenset(mixed)
         first = min(mixed, key=order.__getitem__, default=None)
-        self.mixing = "" if first is None else _told(first)
+        own = [key for key in self._places if key[0] == "" and len(key) == 3]
+        ends = any(key in self._mixed for key in own) or not own  # experts come apart again
+        self.mixing = _told(first) if first is not None and ends else ""
         self.shuffled = first is not None and many[first].function in MOVES
 
     @classmethod
@@ -202,7 +204,7 @@ def _alike(a: _Digest, b: _Digest) -> bool:
     if a.shape != b.shape:
         return False
     pairs = ((a.sums[dim], b.sums[dim]) for dim in a.sums)
-    return all(bool(((x - y).abs() <= a.tolerance * s + 1e-30).all()) for (x, s), (y, _) in pairs)
+    return all(bool(((x - y).abs() <= 0.1 * a.tolerance * s + 1e-30).all()) for (x, s), (y, _) in pairs)
 
 
 def _run(

@@ -40,6 +40,7 @@ from svlib.probing.rows import Pass, Row, Values
 RECTIFIERS = frozenset({"relu", "relu6", "threshold", "clamp", "clamp_min", "hardtanh", "clip"})
 SMOOTH = frozenset({"gelu", "silu", "mish", "hardswish"})
 BOUNDED = frozenset({"sigmoid", "tanh", "softmax", "hardsigmoid", "hardtanh", "erf", "softsign"})
+BOUNDED |= {"lstm", "LSTM", "gru", "GRU", "rnn_tanh", "RNN"}
 ACTIVATIONS = RECTIFIERS | SMOOTH | BOUNDED | {"leaky_relu", "elu", "selu", "celu", "softplus"}
 ACTIVATIONS |= {"abs", "exp", "square", "sin", "log_softmax", "logsigmoid", "prelu", "rrelu"}
 POOLS = frozenset(f"{k}_pool{d}d" for d in (1, 2, 3) for k in ("avg", "max", "lp"))
@@ -144,6 +145,8 @@ class Trace:
             return False
         node = self.nodes[self._number[y]]
         assert module is not None
+        if isinstance(count := getattr(module, "num_batches_tracked", None), torch.Tensor):
+            node.extra["updates"] = float(count)
         if made.key[-1] == "[0]":
             node.extra |= gates(module, made.call[0], (y,))
         norm = None if node.function in ops.NORMS else ops.norm_of(module)
@@ -288,6 +291,8 @@ class Trace:
                     found &= opens(child.number, True)  # 1 + x
                 elif child.function in _OPENING:
                     found &= opens(child.number, True)
+                elif child.function in ops.WEIGHTED | POOLS:  # squeeze and excitation
+                    found &= opens(child.number, False)
                 elif child.function in _PASSING | ops.PRODUCTS | ops.QUOTIENTS | ops.NORMS:
                     found &= opens(child.number, bounded)
                 else:
@@ -370,10 +375,9 @@ class Trace:
         return math.log(max(b, 1e-12) / max(a, 1e-12))
 
     def gradient_steps(self) -> dict[tuple[str, str], float]:
-        """Change of ln of the mean square of gradients from a weighted layer back to the one
-        before, along the chain of layers in which it changes most. They have one shape, and no
-        sum or average between: those change it too. Behind a normalization a small signal has a
-        large gradient: there it is multiplied by sigma^2."""
+        """Change of ln(g² v²), which is the gradient by a relative change, from a weighted layer
+        back to the one before, along the chain of layers in which it changes most. They have one
+        shape, and no sum, average or fork between: those change it too."""
         chains: dict[int, dict[tuple[str, str], float]] = {}
         for b in (n for n in self.judged if n.weights and n.gradient2 > 0):
             way = self.way(b.number)[:-1]
@@ -383,13 +387,28 @@ class Trace:
                 continue
             a, between = way[before], way[before + 1 :]
             averages = any(n.function in AVERAGES or self.is_sum(n) for n in between)
-            if averages or a.shape != b.shape or not a.gradient2 > 0:
+            if averages or a.shape != b.shape or not a.gradient2 > 0 or self._forks(a, b):
                 continue
-            step = math.log(a.gradient2 / b.gradient2)
-            if any(n.norm for n in between) and a.values is not None and b.values is not None:
-                step += math.log(max(a.values.sigma2, 1e-300) / max(b.values.sigma2, 1e-300))
+            sizes = [x.gradient2 * x.values.v2 if _tells_apart(x) else 0.0 for x in (a, b)]
+            if not min(sizes) > 0:
+                continue
+            step = math.log(sizes[0] / sizes[1])
             chains[b.number] = {**chains.get(a.number, {}), (a.place, b.place): step}
         return max(chains.values(), key=lambda x: abs(sum(x.values())), default={})
+
+    def _forks(self, a: Node, b: Node) -> bool:
+        """Whether a way leads on from a to a sum, other weights or an output, and not through b."""
+        open_, seen = [*self.children[a.number]], set[int]()
+        while open_:
+            at = open_.pop()
+            if at in seen or at == b.number:
+                continue
+            seen.add(at)
+            node = self.nodes[at]
+            if node.is_output or node.weights or self.is_sum(node):
+                return True
+            open_ += self.children[at]
+        return False
 
     def frame(self) -> pd.DataFrame:
         """The nodes as a table: place, function, whether judged, sigma2, m2, v2 and fraction."""
@@ -418,11 +437,15 @@ def _describe(node: Node, x: torch.Tensor, positions: str) -> None:
     mean, deviation = flat.mean(0), flat.std(0)
     node.extra["rms"] = float(flat.square().mean().sqrt())
     varying = deviation[deviation > 0]
-    if len(varying) > 1:
+    if len(varying):
         node.extra["off"] = float((mean.square().mean() / deviation.square().mean()).sqrt())
         node.extra["column"] = float(mean.abs().argmax())
         node.extra["columns"] = float(deviation.max() / varying.median())
         node.extra["largest"] = float(deviation.argmax())
+
+
+def _tells_apart(node: Node) -> bool:
+    return node.values is not None and node.values.fraction > 1e-9
 
 
 def computes(module: nn.Module) -> bool:
