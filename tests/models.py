@@ -43,6 +43,19 @@ def wide(*layers: nn.Module, variance: float = 2 / WIDTH) -> nn.Sequential:
     return model
 
 
+class Net(nn.Module):
+    """Layers, and a function of the module and its arguments."""
+
+    def __init__(self, function_: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function_ = function_
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.function_(self, *given, **named)
+
+
 class VGGLike(nn.Module):
     """Convolutions, functional ReLU and pooling, a linear layer on the flattened positions."""
 

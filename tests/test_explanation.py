@@ -28,7 +28,7 @@ def put_(model: nn.Module, name: str, *, bias: float = 0.0, weight: float = 1.0)
 
 
 def test_the_parts_of_a_fall_add_up_to_it() -> None:
-    model, x = sv.networks.mlp(100, width=100, depth=30, outputs=10, seed=0), gaussian(200, 100)
+    model, x = sv.networks.mlp(100, width=300, depth=30, outputs=10, seed=0), gaussian(200, 100)
     found = sv.explain(model, x)
     collapse = next(finding for finding in found.findings if finding.kind == "collapse")
     ratio = collapse.value / found.trace.fraction.max()

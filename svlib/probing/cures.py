@@ -89,7 +89,8 @@ def _biases(names: Sequence[str] | None) -> Cure:
     code += "layer.bias.data.zero_()"
     if names is not None:
         code = "; ".join(f"model.get_submodule({n!r}).bias.data.zero_()" for n in names)
-    return Cure("biases 0", code, _changed(change))
+    what = "biases" if names is None else f"biases of {', '.join(map(repr, names))}"
+    return Cure(f"{what} 0", code, _changed(change))
 
 
 def _statistics(model: nn.Module, batch: Batch) -> Batch:
@@ -144,7 +145,7 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
             code += "nonlinearity='relu')"
         yield Cure("weights at He's rule", code, _weights(off))
     if any(isinstance(n.operation, ops.Weights) and n.operation.bias.square for n in trace.nodes):
-        named = [f.place for f in findings if f.place in layers]
+        named = list(dict.fromkeys(f.place for f in findings if f.place in layers))
         if "bias" in causes and named:
             yield _biases(named)
         yield _biases(None)

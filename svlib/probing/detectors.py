@@ -408,7 +408,10 @@ def _gradients(trace: Trace) -> Iterator[Finding]:
     if any(n.gradient2 > 0 for n in held) and zero and not blocked:
         node = zero[-1]
         behind = [n for n in trace.next(node.number) if n.weights and n.values is not None]
-        if behind and all(n.values is not None and n.values.v2 <= 1e-12 for n in behind):
+        silent = [n for n in behind if getattr(n.operation, "gain", 1.0) == 0]
+        if behind and len(silent) == len(behind):
+            pass  # a branch that starts at 0
+        elif behind and all(n.values is not None and n.values.v2 <= 1e-12 for n in behind):
             text = (
                 f"100% of the units of {node.place!r} pass nothing on: no gradient comes back to "
             )

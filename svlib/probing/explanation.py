@@ -230,7 +230,9 @@ def _explained(trial: Trial, finding: Finding) -> Finding:
         fixed = 1.0 if start.values is None else start.values.sigma2
         if start.key and start is not node:
             targets["start"] = start
-        value = lambda at: at["row"].sigma2 / max(at["start"].sigma2 if "start" in at else fixed, 1e-300)  # noqa: E731
+        value = lambda at: (
+            at["row"].sigma2 / max(at["start"].sigma2 if "start" in at else fixed, 1e-300)
+        )  # noqa: E731
         sound = lambda x: 1 / d.SCALE < x < d.SCALE  # noqa: E731
         better = lambda new, old: abs(log(old, 1.0)) - abs(log(new, 1.0))  # noqa: E731
         suspects = lambda kind: not kind.startswith("input") or bool(start.key)  # noqa: E731

@@ -108,6 +108,21 @@ def _foreign(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> dic
     return {"statistics": float(found.mean()), "channel": float(found.log().abs().argmax())}
 
 
+def padding(x: torch.Tensor) -> float:
+    """Fraction of positions in runs of one value, the same for all inputs, at one of their ends.
+
+    Of tokens (inputs, positions), or of features (inputs, positions, features) that are 0.
+    """
+    if x.ndim not in (2, 3) or x.shape[1] < 4 or (x.ndim == 2 and x.is_floating_point()):
+        return 0.0
+    found = []
+    for ends in (x, x.flip(1)):
+        value = ends[:, -1:].flatten().mode().values if x.ndim == 2 else 0
+        same = ends == value if x.ndim == 2 else (ends == 0).all(2)
+        found.append(float(same.flip(1).cummin(1).values.double().mean()))
+    return max(found)
+
+
 def gates(module: nn.Module, given: Any, output: Any) -> dict[str, float]:
     """Means of the gates of an LSTM or GRU of one layer over inputs and steps, by name."""
     if not isinstance(module, nn.LSTM | nn.GRU) or module.num_layers > 1 or module.proj_size:

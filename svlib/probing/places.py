@@ -204,7 +204,9 @@ def _alike(a: _Digest, b: _Digest) -> bool:
     if a.shape != b.shape:
         return False
     pairs = ((a.sums[dim], b.sums[dim]) for dim in a.sums)
-    return all(bool(((x - y).abs() <= 0.1 * a.tolerance * s + 1e-30).all()) for (x, s), (y, _) in pairs)
+    return all(
+        bool(((x - y).abs() <= 0.1 * a.tolerance * s + 1e-30).all()) for (x, s), (y, _) in pairs
+    )
 
 
 def _run(

@@ -124,7 +124,8 @@ def _pass(
     with structural_copy(model) as copied, torch.set_grad_enabled(gradients):
         batch = read.copied(copied)
         given = (batch.args, batch.kwargs)
-        trace = Trace(copied, given, batch.samples, positions) if seen else None
+        masked = batch.mask is not None
+        trace = Trace(copied, given, batch.samples, positions, masked=masked) if seen else None
         running = Pass(copied, rows, batch.samples, batch.mask, places, trace)
         with running.watch():
             output = batch.run(copied)

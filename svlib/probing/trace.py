@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from svlib import _check
 from svlib.probing import operations as ops
-from svlib.probing.extras import extras, gates
+from svlib.probing.extras import extras, gates, padding
 from svlib.probing.models import (
     DEPTH,
     has_numbers,
@@ -94,16 +94,26 @@ class Node:
 class Trace:
     """The nodes of one pass, and the questions that are asked of their graph."""
 
-    def __init__(self, model: nn.Module, given: Any, samples: int, positions: str = "samples"):
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Any,
+        samples: int,
+        positions: str = "samples",
+        *,
+        masked: bool = False,
+    ) -> None:
         self.nodes: list[Node] = []
         self._number = WeakTensorKeyDictionary()
         self._counts: Counter[str] = Counter()
         self._held: list[torch.Tensor] = []  # weights: an address may not be used again
         self._positions, self._samples = positions, samples
         with torch._C.DisableTorchFunction():  # other modes must not see what follows
-            self._begin(model, given, samples, positions)
+            self._begin(model, given, samples, positions, masked)
 
-    def _begin(self, model: nn.Module, given: Any, samples: int, positions: str) -> None:
+    def _begin(
+        self, model: nn.Module, given: Any, samples: int, positions: str, masked: bool
+    ) -> None:
         modules = dict(named_modules(model))
         self._parameters = {storage(x): name for name, x in model.named_parameters()}
         self._weighted = {name for name, module in modules.items() if is_weighted(module)}
@@ -112,6 +122,8 @@ class Trace:
             varies = x.ndim > 0 and not (holds and samples > 1 and bool((x == x[:1]).all()))
             node = Node(len(self.nodes), "input", name, ops.Input(name, varies), varies=varies)
             node.origins, node.shape = frozenset({-1 - node.number}), tuple(x.shape)
+            if varies and holds and not masked:
+                node.extra["padding"] = padding(x)
             if holds and samples > 1 and x.is_floating_point() and bool(x.isfinite().all()):
                 _describe(node, x.detach(), positions)
             self._number[x] = node.number
