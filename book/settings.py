@@ -1,7 +1,7 @@
-"""Runs that ask which setting makes the paper's curves: ``python book/settings.py DATA [NAME ...]``.
+"""Which setting makes the paper's curves: ``python book/settings.py DATA [NAME ...]``.
 
-Each run is one record in ``results/settings``; a run that was killed goes on from its checkpoint in
-DATA. The plan stands in the README beside the records.
+Each run is one record in ``results/settings``; a run that was killed goes on from its
+checkpoint in DATA. The plan stands in the README beside the records.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def runs() -> dict[str, tuple[dict[str, Any], int]]:
             seed,
         )
 
-    # 1. images in [0, 1], not centred: rates about that of the quick trial, then the others at it
+    # 1. images in [0, 1], not centred: rates about that of a quick trial, then all at it
     for rate in (0.002, 0.004):
         add("from-zero", "total", rate, 5_000, 0, centred=False)
     for kind in ("sample", "batchnorm"):

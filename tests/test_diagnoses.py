@@ -93,8 +93,9 @@ class Recurrent(nn.Module):
     def __init__(self, forget: float) -> None:
         super().__init__()
         self.r, self.o = nn.LSTM(8, 32, batch_first=True), nn.Linear(32, 8)
-        nn.init.constant_(self.r.bias_hh_l0[32:64], forget)
-        nn.init.zeros_(self.r.bias_ih_l0)
+        biases = dict(self.r.named_parameters())
+        nn.init.constant_(biases["bias_hh_l0"][32:64], forget)
+        nn.init.zeros_(biases["bias_ih_l0"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.o(self.r(x)[0][:, -1])
@@ -136,57 +137,157 @@ X, P = gaussian(100, 64), gaussian(48, 3, 16, 16)
 CASES: dict[str, Callable[[], Case]] = {
     "gain 1": lambda: (plain(1), X, {"loss of scale"}, ("He's rule",)),
     "gain 4": lambda: (plain(4), X, {"explosion"}, ("He's rule",)),
-    "images of 0 to 255": lambda: (cnn(), torch.rand(64, 3, 16, 16) * 255, {"inputs"}, ("standardized",)),
-    "attention times root d": lambda: (attention(32**0.5), gaussian(40, 12, 8), {"saturation"}, ("softmax",)),
+    "images of 0 to 255": lambda: (
+        cnn(),
+        torch.rand(64, 3, 16, 16) * 255,
+        {"inputs"},
+        ("standardized",),
+    ),
+    "attention times root d": lambda: (
+        attention(32**0.5),
+        gaussian(40, 12, 8),
+        {"saturation"},
+        ("softmax",),
+    ),
     "last layer before tanh x 30": lambda: (
-        nn.Sequential(he_(nn.Linear(64, 64)), nn.ReLU(), changed_weight(nn.Linear(64, 64), 30), nn.Tanh()),
-        X, {"saturation"}, ("weights", "'2'")),
+        nn.Sequential(
+            he_(nn.Linear(64, 64)), nn.ReLU(), changed_weight(nn.Linear(64, 64), 30), nn.Tanh()
+        ),
+        X,
+        {"saturation"},
+        ("weights", "'2'"),
+    ),
     "running variance 1e-6": lambda: (
-        unet(lambda norms: norms[2].running_var.fill_(1e-6)), gaussian(24, 1, 16, 16),
-        {"explosion", "statistics"}, ("statistics",)),
+        unet(lambda norms: norms[2].running_var.fill_(1e-6)),
+        gaussian(24, 1, 16, 16),
+        {"explosion", "statistics"},
+        ("statistics",),
+    ),
     "running mean off by 30": lambda: (
-        unet(lambda norms: norms[2].running_mean.add_(30)), gaussian(24, 1, 16, 16),
-        {"dead units", "statistics"}, ("statistics",)),
+        unet(lambda norms: norms[2].running_mean.add_(30)),
+        gaussian(24, 1, 16, 16),
+        {"dead units", "statistics"},
+        ("statistics",),
+    ),
     "running variances x 1e4": lambda: (
-        unet(lambda norms: [n.running_var.mul_(1e4) for n in norms]), gaussian(24, 1, 16, 16),
-        {"collapse", "loss of scale", "statistics"}, ("statistics",)),
-    "forget bias -6": lambda: (Recurrent(-6.0), gaussian(60, 9, 8), {"saturation"}, ("forget gate",)),
+        unet(lambda norms: [n.running_var.mul_(1e4) for n in norms]),
+        gaussian(24, 1, 16, 16),
+        {"collapse", "loss of scale", "statistics"},
+        ("statistics",),
+    ),
+    "forget bias -6": lambda: (
+        Recurrent(-6.0),
+        gaussian(60, 9, 8),
+        {"saturation"},
+        ("forget gate",),
+    ),
     "a raw time stamp": lambda: (
-        mlp(), torch.cat([X[:, :63], 7e8 + 1e6 * X[:, 63:]], 1), {"inputs", "explosion"}, ("standardized",)),
+        mlp(),
+        torch.cat([X[:, :63], 7e8 + 1e6 * X[:, 63:]], 1),
+        {"inputs", "explosion"},
+        ("standardized",),
+    ),
     "token x 30": lambda: (Token(30.0), gaussian(100, 16, 12), {"collapse"}, ("constant",)),
     "backward x 0.01": lambda: (
-        nn.Sequential(*[x for _ in range(5) for x in (he_(nn.Linear(64, 64)), Apply())]), X,
-        {"gradients"}, ("shrink",)),
+        nn.Sequential(*[x for _ in range(5) for x in (he_(nn.Linear(64, 64)), Apply())]),
+        X,
+        {"gradients"},
+        ("shrink",),
+    ),
     "detached": lambda: (
-        Net(lambda s, x: s.b(torch.relu(s.a(x).detach())), a=he_(nn.Linear(64, 64)), b=he_(nn.Linear(64, 9))),
-        X, {"gradients"}, ("'a'",)),
-    "over-smoothing": lambda: (GCN(8), gaussian(60, 32), {"collapse", "loss of scale"}, ("average",)),
+        Net(
+            lambda s, x: s.b(torch.relu(s.a(x).detach())),
+            a=he_(nn.Linear(64, 64)),
+            b=he_(nn.Linear(64, 9)),
+        ),
+        X,
+        {"gradients"},
+        ("'a'",),
+    ),
+    "over-smoothing": lambda: (
+        GCN(8),
+        gaussian(60, 32),
+        {"collapse", "loss of scale"},
+        ("average",),
+    ),
     "a view that mixes inputs": lambda: (
-        Net(lambda s, x: s.b(torch.relu(s.a(x)).view(50, len(x)).t().reshape(len(x), 50)),
-            a=he_(nn.Linear(64, 50)), b=he_(nn.Linear(50, 9))), X, {"mixing"}, ("view", "other inputs")),
+        Net(
+            lambda s, x: s.b(torch.relu(s.a(x)).view(50, len(x)).t().reshape(len(x), 50)),
+            a=he_(nn.Linear(64, 50)),
+            b=he_(nn.Linear(50, 9)),
+        ),
+        X,
+        {"mixing"},
+        ("view", "other inputs"),
+    ),
     "softmax over the batch": lambda: (
         Net(lambda s, x: s.b(torch.softmax(s.a(x), 0)), a=nn.Linear(64, 50), b=nn.Linear(50, 9)),
-        X, {"mixing", "collapse"}, ("softmax",)),
+        X,
+        {"mixing", "collapse"},
+        ("softmax",),
+    ),
     "softmax over features": lambda: (
-        Net(lambda s, x: s.b(torch.softmax(0.1 * s.a(x), -1)), a=nn.Linear(64, 50), b=nn.Linear(50, 9)),
-        X, {"collapse"}, ("softmax",)),
+        Net(
+            lambda s, x: s.b(torch.softmax(0.1 * s.a(x), -1)),
+            a=nn.Linear(64, 50),
+            b=nn.Linear(50, 9),
+        ),
+        X,
+        {"collapse"},
+        ("softmax",),
+    ),
     "bias -5 in one layer": lambda: (
-        changed(lambda m: m[4].bias.sub_(5)), X, {"dead units", "collapse", "loss of scale"}, ("'4'",)),
+        changed(lambda m: m[4].bias.sub_(5)),
+        X,
+        {"dead units", "collapse", "loss of scale"},
+        ("'4'",),
+    ),
     "one feature x 500": lambda: (
-        mlp(), torch.cat([500 * X[:, :1], X[:, 1:]], 1), {"inputs"}, ("column 0",)),
-    "NaN weight": lambda: (changed(lambda m: m[6].weight[0, 0].fill_(torch.nan)), X, {"not finite"}, ("'6'",)),
+        mlp(),
+        torch.cat([500 * X[:, :1], X[:, 1:]], 1),
+        {"inputs"},
+        ("column 0",),
+    ),
+    "NaN weight": lambda: (
+        changed(lambda m: m[6].weight[0, 0].fill_(torch.nan)),
+        X,
+        {"not finite"},
+        ("'6'",),
+    ),
     "branches without a factor": lambda: (residual(), X, {"explosion"}, ("sums of branches",)),
     "embedding of deviation 1, tied": lambda: (
-        seeded(lambda: Tied(100, 256)), torch.randint(100, (40, 8), generator=torch.Generator().manual_seed(0)),
-        {"explosion", "output scale"}, ("'h'", "scale")),
+        seeded(lambda: Tied(100, 256)),
+        torch.randint(100, (40, 8), generator=torch.Generator().manual_seed(0)),
+        {"explosion", "output scale"},
+        ("'h'", "scale"),
+    ),
     "dropout 0.5 in every layer": lambda: (
-        nn.Sequential(*[x for _ in range(16) for x in (he_(nn.Linear(64, 64)), nn.ReLU(), nn.Dropout())]),
-        X, {"explosion"}, ("dropout",)),
+        nn.Sequential(
+            *[x for _ in range(16) for x in (he_(nn.Linear(64, 64)), nn.ReLU(), nn.Dropout())]
+        ),
+        X,
+        {"explosion"},
+        ("dropout",),
+    ),
     "mean over tokens": lambda: (
-        he_(Net(lambda s, x: s.b(torch.relu(s.a(x)).mean(1)), a=nn.Linear(16, 64), b=nn.Linear(64, 9))),
-        gaussian(200, 60, 16), {"collapse"}, ("average", "ReLU")),
-    "zero hidden layer": lambda: (changed(lambda m: m[4].weight.zero_()), X, {"no signal"}, ("'4'",)),
-}  # fmt: skip
+        he_(
+            Net(
+                lambda s, x: s.b(torch.relu(s.a(x)).mean(1)),
+                a=nn.Linear(16, 64),
+                b=nn.Linear(64, 9),
+            )
+        ),
+        gaussian(200, 60, 16),
+        {"collapse"},
+        ("average", "ReLU"),
+    ),
+    "zero hidden layer": lambda: (
+        changed(lambda m: m[4].weight.zero_()),
+        X,
+        {"no signal"},
+        ("'4'",),
+    ),
+}
 
 
 def changed_weight(layer: nn.Linear, factor: float) -> nn.Linear:
@@ -197,7 +298,7 @@ def changed_weight(layer: nn.Linear, factor: float) -> nn.Linear:
 
 class Apply(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(Back.apply(x))  # type: ignore[no-untyped-call]
+        return torch.relu(Back.apply(x))
 
 
 class Tied(nn.Module):
@@ -257,15 +358,15 @@ def sound_residual() -> Case:
 
     lists = {n: nn.ModuleList(nn.Linear(64, 64) for _ in range(4)) for n in "ab"}
     model = he_(Net(forward, o=nn.Linear(64, 9), **lists))
-    for layer in model.b:  # type: ignore[union-attr]
-        nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+    for layer in model.get_submodule("b").children():
+        nn.init.zeros_(next(layer.parameters()))
     return model, X, set(), ()
 
 
 def prior() -> Case:
     model = he_(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 9)))
-    nn.init.normal_(model[2].weight, std=0.01)  # type: ignore[index, arg-type]
-    nn.init.constant_(model[2].bias, -4.6)  # type: ignore[index, arg-type]
+    nn.init.normal_(model[2].weight, std=0.01)  # type: ignore[index]
+    nn.init.constant_(model[2].bias, -4.6)  # type: ignore[index]
     return model, X, set(), ()
 
 

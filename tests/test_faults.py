@@ -1,4 +1,4 @@
-"""Planted faults in architectures that no rule was made for: the first finding names kind and cause.
+"""Planted faults in architectures that no rule was made for: the first finding names the cause.
 
 Every fault is put into a network that is sound without it.
 """
@@ -106,6 +106,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embed(x)
+        layer: Any
         for number, layer in enumerate(self.layers):
             y = self.norms[2 * number](x)
             q, k, v = self.turned(layer["q"](y)), self.turned(layer["k"](y)), layer["v"](y)
@@ -249,7 +250,8 @@ def foreign(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
 
 def sharp(model: nn.Module, x: torch.Tensor, name: str) -> Planted:
     with torch.no_grad():
-        for layer in model.layers:  # type: ignore[union-attr]
+        layers: Any = model.get_submodule("layers")
+        for layer in layers:
             layer["q"].weight.mul_(20)
             layer["k"].weight.mul_(20)
     return model, x, {"saturation"}, ["softmax", "attention"]

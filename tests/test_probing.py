@@ -19,8 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 import svlib as sv
 from svlib._random import stream
 from svlib.probing.batches import as_batches
+from svlib.probing.forward import Pass
 from svlib.probing.models import weighted_layers
-from svlib.probing.rows import Pass, Rows
+from svlib.probing.rows import Rows
 from svlib.probing.trace import Trace
 from svlib.theory import maps
 from tests import models

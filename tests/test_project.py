@@ -65,30 +65,52 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "theory.angles theory.symbolic",
     # the wing for models
     "probing": "",
-    "probing.operations": "",
-    "probing.attributes": "",
-    "probing.models": "probing.attributes",
+    "probing.findings": "",
+    "probing.models": "",
     "probing.batches": "probing.models",
+    "probing.passes": "probing.models",
+    "probing.report": "plot probing.findings",
     "probing.scales": "probing.models",
-    "probing.axes": "probing.models probing.operations",
-    "probing.norms": "probing.operations",
-    "probing.calls": "probing.models probing.norms probing.operations",
-    "probing.graph": "probing.calls probing.operations",
-    "probing.faults": "probing.along probing.calls probing.graph probing.operations",
-    "probing.rows": "probing.axes probing.batches probing.calls probing.models "
-    "probing.operations moments",
-    "probing.probe": "probing.batches probing.calls probing.models probing.rows moments",
-    "probing.watch": "probing.models probing.rows",
-    "probing.along": "probing.calls probing.operations theory.activations theory.maps",
-    "probing.diagnosis": "probing.along probing.batches probing.calls probing.faults "
-    "probing.graph probing.operations probing.probe probing.rows",
-    "probing.report": "probing.diagnosis probing.faults probing.along plot",
-    "probing.init": "probing.axes probing.batches probing.models probing.probe probing.along "
-    "probing.calls probing.rows probing.scales moments",
-    # its commands' inputs are those of experiments
-    "probing.files": "",
-    "probing.command": "_command probing.diagnosis probing.files probing.init probing.models "
-    "probing.probe probing.report probing.rows experiments.data",
+    "probing.places": "probing.batches probing.models probing.passes",
+    "probing.rows": "moments probing.batches probing.models",
+    "probing.forward": "probing.models probing.passes probing.places probing.rows",
+    "probing.operations": "probing.places",
+    "probing.extras": "probing.operations probing.passes probing.rows",
+    "probing.functions": "probing.operations",
+    "probing.setter": "moments probing.batches probing.forward probing.models "
+    "probing.passes probing.rows probing.scales",
+    "probing.graph": "probing.functions probing.operations probing.passes probing.rows",
+    "probing.along": "probing.graph probing.operations probing.rows theory.activations",
+    "probing.replacing": "probing.functions probing.graph probing.models "
+    "probing.operations probing.passes",
+    "probing.scaling": "probing.findings probing.functions probing.graph probing.operations",
+    "probing.trace": "probing.extras probing.forward probing.functions "
+    "probing.graph probing.models probing.operations "
+    "probing.passes probing.places probing.rows",
+    "probing.detectors": "probing.findings probing.graph probing.operations "
+    "probing.places probing.scaling",
+    "probing.probe": "probing.batches probing.forward probing.models "
+    "probing.places probing.rows probing.trace",
+    "probing.removal": "probing.batches probing.forward probing.functions "
+    "probing.graph probing.models probing.operations "
+    "probing.passes probing.places probing.replacing probing.rows",
+    "probing.watch": "probing.batches probing.forward probing.models "
+    "probing.passes probing.places probing.rows probing.trace",
+    "probing.causes": "probing.detectors probing.findings probing.graph "
+    "probing.passes probing.removal probing.replacing "
+    "probing.rows",
+    "probing.init": "probing.batches probing.forward probing.models "
+    "probing.passes probing.places probing.probe probing.rows "
+    "probing.setter",
+    "probing.cures": "probing.batches probing.detectors probing.findings "
+    "probing.graph probing.init probing.models probing.operations "
+    "probing.places probing.probe probing.removal probing.scales "
+    "probing.trace",
+    "probing.explanation": "probing.along probing.batches probing.causes probing.cures "
+    "probing.detectors probing.findings probing.models "
+    "probing.probe probing.removal probing.report probing.rows "
+    "probing.trace",
+    "probing.command": "_command experiments.data probing.explanation probing.init probing.report",
     # the wing for training
     "experiments": "",
     "experiments.networks": "",
@@ -155,7 +177,7 @@ def test_rooms_import_only_what_they_may(name: str) -> None:
 
 def test_observation_and_theory_do_not_know_each_other() -> None:
     theory = {name for name in FILES if name.split(".")[0] == "theory"}
-    for name in ("moments", "simulation", "pairs", "probing.calls", "probing.probe"):
+    for name in ("moments", "simulation", "pairs", "probing.graph", "probing.probe"):
         assert reached(name) & theory == set(), f"{name} observes"
     for name in theory:
         assert reached(name) <= theory | {"_check"}

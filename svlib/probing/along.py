@@ -31,8 +31,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from svlib.probing import operations as ops
+from svlib.probing.graph import Graph, Node
 from svlib.probing.rows import Values
-from svlib.probing.trace import Node, Trace
 from svlib.theory import activations
 
 _GAUSSIAN = 0.01  # squared mean over units, as a part of q, that theory neglects
@@ -130,7 +130,7 @@ def _normalize(signal: Signal, norm: ops.Normalize) -> Signal | str:
     return _affine(normal, norm.gamma2, norm.beta)
 
 
-def theory(trace: Trace, *, units: bool) -> pd.DataFrame:
+def theory(trace: Graph, *, units: bool) -> pd.DataFrame:
     """Follow the trace from row to row.
 
     Args:
@@ -173,12 +173,12 @@ def _measured(values: Values) -> Signal:
     return Signal(values.sigma2, values.m2, values.mean2)
 
 
-def _moved(trace: Trace, node: Node) -> Node:
+def _moved(trace: Graph, node: Node) -> Node:
     """The node of which this one only moves the entries."""
     while isinstance(node.operation, ops.Move):
         node = trace.nodes[node.parents[0]]
     return node
 
 
-def _has_weights(trace: Trace, node: Node) -> bool:
+def _has_weights(trace: Graph, node: Node) -> bool:
     return isinstance(_moved(trace, node).operation, ops.Weights)

@@ -22,7 +22,9 @@ from svlib._random import stream
 from svlib.probing import init, removal
 from svlib.probing import operations as ops
 from svlib.probing.batches import Batch
-from svlib.probing.detectors import Finding, found
+from svlib.probing.detectors import found
+from svlib.probing.findings import Finding
+from svlib.probing.graph import gradient_steps
 from svlib.probing.models import structural_copy, weighted_layers
 from svlib.probing.places import Places
 from svlib.probing.probe import measure, squared_gradients
@@ -261,7 +263,7 @@ def tried(
                 "at the row": here.fraction if here else math.nan,
                 "at the output": judged[-1].fraction if judged else math.nan,
                 "range of σ²": max(sizes) / min(sizes) if sizes else math.nan,
-                "gradients": math.exp(min(700.0, sum(new.gradient_steps().values()))),
+                "gradients": math.exp(min(700.0, sum(gradient_steps(new).values()))),
                 "decades": decades,
                 **({} if loss is None else {"loss": ended}),
                 "code": cure.code,

@@ -14,14 +14,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from svlib.probing import along, cures
-from svlib.probing import detectors as d
+from svlib.probing import along, cures, detectors
+from svlib.probing import findings as d
 from svlib.probing.batches import Batch, Caller, Masker, Reading
-from svlib.probing.detectors import Finding
+from svlib.probing.causes import explained
+from svlib.probing.findings import Finding
 from svlib.probing.models import mapped, structural_copy, weighted_layers
 from svlib.probing.probe import checked, measure
-from svlib.probing.removal import Trial, causes
-from svlib.probing.rows import Layers, Values
+from svlib.probing.removal import Trial
+from svlib.probing.rows import Layers
 from svlib.probing.trace import Trace
 
 _SHOWN = 3  # findings that are printed; the rest is counted
@@ -103,7 +104,7 @@ def explain(
     """Measure a model, and say what is wrong with it: where, why, and what helps.
 
     Every function of a forward pass is measured. A finding names the place, the number that is
-    beyond its threshold (constants of :mod:`svlib.probing.detectors`), what the number becomes with
+    beyond its threshold (constants of :mod:`svlib.probing.findings`), what the number becomes with
     suspects taken away (:mod:`svlib.probing.removal`), and code that was tried on a copy and made
     it better (:mod:`svlib.probing.cures`). Gradients are measured on a part of the first batch.
 
@@ -134,7 +135,7 @@ def explain(
             cures.gradients(model, batch, trace, whole=places is None)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         missing.append(f"gradients ({str(error).splitlines()[0]})")
-    found = d.found(trace, places)
+    found = detectors.found(trace, places)
     if loss is None:
         missing.append("the outputs' scale (give loss=)")
     of_output = None if loss is None else lambda output: loss(output, raw)
@@ -144,7 +145,7 @@ def explain(
     trial = Trial(model, part, trace, places, positions)
     worst = [i for i, x in enumerate(found) if not x.note][:_EXPLAINED]
     for i in worst:
-        found[i] = _explained(trial, found[i])
+        found[i] = explained(trial, found[i])
     table = pd.DataFrame()
     if worst and weighted_layers_or_none(model):
         table, after = cures.tried(model, part, places, positions, trace, found, of_output)
@@ -208,71 +209,6 @@ def _outputs(model: nn.Module, batch: Batch, trace: Trace, loss: cures.Loss) -> 
     text = f"the loss at the start is {value:.3g}; with outputs of 0 it is {least:.3g}."
     decades = math.log10(value / least / d.WORSE)
     return [Finding("output scale", place, text, value / least, decades)]
-
-
-def _explained(trial: Trial, finding: Finding) -> Finding:
-    """The finding with what removal shows."""
-    trace, number = trial.trace, finding.number
-    if number < 0 or not trace.nodes[number].key:
-        return finding
-    node = trace.nodes[number]
-
-    def log(new: float, old: float) -> float:
-        return math.log(max(new, 1e-12) / max(old, 1e-12))
-
-    targets, suspects = {"row": node}, lambda kind: True
-    if finding.kind == "collapse":
-        column = "fraction" if node.values and node.values.fraction < d.COLLAPSED else "spread"
-        value: Callable[[dict[str, Values]], float] = lambda at: getattr(at["row"], column)  # noqa: E731
-        sound, better = (lambda x: x >= d.COLLAPSED), log
-    elif finding.kind in ("explosion", "loss of scale"):
-        start = trace.nodes[finding.start]
-        fixed = 1.0 if start.values is None else start.values.sigma2
-        if start.key and start is not node:
-            targets["start"] = start
-        value = lambda at: (
-            at["row"].sigma2 / max(at["start"].sigma2 if "start" in at else fixed, 1e-300)
-        )  # noqa: E731
-        sound = lambda x: 1 / d.SCALE < x < d.SCALE  # noqa: E731
-        better = lambda new, old: abs(log(old, 1.0)) - abs(log(new, 1.0))  # noqa: E731
-        suspects = lambda kind: not kind.startswith("input") or bool(start.key)  # noqa: E731
-    elif finding.kind in ("dead units", "saturation"):
-        smooth = node.function in ("gelu", "silu", "mish", "hardswish")
-        dead = finding.kind == "dead units"
-        if smooth or not dead:
-            targets = {"row": trace.nodes[node.parents[0]]}
-        if dead and "dead" not in node.extra:  # what is behind does not vary
-            targets = {"row": node}
-            value = lambda at: float(at["row"].v2 <= 1e-12)  # noqa: E731
-            sound, better = (lambda x: x == 0), (lambda new, old: log(old + 0.01, new + 0.01))
-        elif dead:
-            value = lambda at: at["row"].deep if smooth else at["row"].dead  # noqa: E731
-            sound, better = (lambda x: x <= d.DEAD), (lambda new, old: log(old + 0.01, new + 0.01))
-        else:
-            value, sound = (lambda at: at["row"].sigma2), (lambda x: x < 4)
-            better = lambda new, old: log(old, new)  # noqa: E731
-        suspects = lambda kind: kind not in ("activations", "averages")  # noqa: E731
-        if not targets["row"].key:
-            return finding
-    else:
-        return finding
-    found = causes(trial, number, targets, value, sound, better, suspects)
-    if not found:
-        return finding
-    first = found[0]
-    place = finding.place
-    if first.node is not None and first.kind in ("biases", "weights", "constants", "statistics"):
-        place = first.node.place
-    words = {cause.words: cause.value for cause in found}
-    # a head that starts with a prior for its bias
-    head = finding.kind == "collapse" and not trace.next(number) and node.number == first_low(trace)
-    note = head and first.kind == "biases" and first.node is node
-    return replace(finding, cause=first.noun, removed=words, place=place, note=note)
-
-
-def first_low(trace: Trace) -> int:
-    """The first node that has collapsed."""
-    return next((n.number for n in trace.judged if d.collapsed(n)), -1)
 
 
 def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]]) -> Finding:

@@ -19,6 +19,7 @@ from torch import nn
 
 from svlib._random import stream
 from svlib.probing.batches import Batch, Caller, Masker, Reading, as_batches
+from svlib.probing.forward import Pass, watched
 from svlib.probing.models import (
     DEPTH,
     first_floating,
@@ -30,7 +31,7 @@ from svlib.probing.models import (
     weighted_layers,
 )
 from svlib.probing.places import Guess, Places, read_batches
-from svlib.probing.rows import COLUMNS, Layers, Pass, Rows, watched
+from svlib.probing.rows import COLUMNS, Layers, Rows
 from svlib.probing.trace import Trace
 
 _ALWAYS = 40  # inputs from which two passes of 3 and 2 cost little

@@ -13,8 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from svlib import plot
-from svlib.probing import detectors
-from svlib.probing.explanation import Explanation
+from svlib.probing import findings
 
 _NAMED = 30  # layers that have their name on the axis; of more, every second, third...
 _PAGE = """<!doctype html>
@@ -53,7 +52,7 @@ positive for no input.</p>
 """
 
 
-def figure(explanation: Explanation) -> Figure:
+def figure(explanation: Any) -> Figure:
     """v^2/sigma^2 and sigma^2 along the way, findings at their places, removals as arrows."""
     trace = explanation.trace
     shown = trace[(trace.judged | trace.place.isin(explanation.table.name)) & trace.sigma2.notna()]
@@ -63,7 +62,7 @@ def figure(explanation: Explanation) -> Figure:
         made, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7.2, 5.2))
         upper.plot(shown.fraction.clip(lower=1e-6), **plot.look(0), markevery=1)
         lower.plot(shown.sigma2.clip(lower=1e-30), **plot.look(1), markevery=1)
-        upper.axhline(detectors.COLLAPSED, color=plot.GREY, linewidth=0.8, linestyle=":")
+        upper.axhline(findings.COLLAPSED, color=plot.GREY, linewidth=0.8, linestyle=":")
         for index, finding in enumerate(explanation.findings):
             if finding.place in at and not finding.note:
                 x = at[finding.place]
@@ -90,7 +89,7 @@ def figure(explanation: Explanation) -> Figure:
     return made
 
 
-def page(explanation: Explanation, *, title: str, provenance: Mapping[str, object]) -> str:
+def page(explanation: Any, *, title: str, provenance: Mapping[str, object]) -> str:
     """A self-contained HTML page.
 
     Args:
@@ -106,12 +105,7 @@ def page(explanation: Explanation, *, title: str, provenance: Mapping[str, objec
         >>> "<svg" in text, "<dt>inputs</dt><dd>50</dd>" in text
         (True, True)
     """
-    wanted: dict[str, tuple[Any, type]] = {
-        "explanation": (explanation, Explanation),
-        "title": (title, str),
-        "provenance": (provenance, Mapping),
-    }
-    for name, (value, kind) in wanted.items():
+    for name, value, kind in (("title", title, str), ("provenance", provenance, Mapping)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
     file = io.StringIO()

@@ -1,9 +1,4 @@
-"""The trace of a forward pass: every function on the way from inputs to outputs, measured.
-
-What is judged follows from modules and graph: outputs of weighted layers, of normalizations, and
-sums of two signals, unless they open a gate (all ways on lead through a bounded or positive
-function into a product) or do not depend on inputs that vary.
-"""
+"""The trace of a forward pass: every function on the way from inputs to outputs, measured."""
 
 from __future__ import annotations
 
@@ -12,11 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,6 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from svlib import _check
 from svlib.probing import operations as ops
 from svlib.probing.extras import extras, gates, padding
+from svlib.probing.forward import Pass
+from svlib.probing.functions import ATTENTION
+from svlib.probing.graph import Graph, Node
 from svlib.probing.models import (
     DEPTH,
     has_numbers,
@@ -33,65 +29,12 @@ from svlib.probing.models import (
     storage,
     tensors,
 )
-from svlib.probing.passes import Key, Output
+from svlib.probing.passes import Output
 from svlib.probing.places import RESHAPES
-from svlib.probing.rows import Pass, Row, Values
-
-RECTIFIERS = frozenset({"relu", "relu6", "threshold", "clamp", "clamp_min", "hardtanh", "clip"})
-SMOOTH = frozenset({"gelu", "silu", "mish", "hardswish"})
-BOUNDED = frozenset({"sigmoid", "tanh", "softmax", "hardsigmoid", "hardtanh", "erf", "softsign"})
-BOUNDED |= {"lstm", "LSTM", "gru", "GRU", "rnn_tanh", "RNN"}
-ACTIVATIONS = RECTIFIERS | SMOOTH | BOUNDED | {"leaky_relu", "elu", "selu", "celu", "softplus"}
-ACTIVATIONS |= {"abs", "exp", "square", "sin", "log_softmax", "logsigmoid", "prelu", "rrelu"}
-POOLS = frozenset(f"{k}_pool{d}d" for d in (1, 2, 3) for k in ("avg", "max", "lp"))
-POOLS |= {f"adaptive_{k}_pool{d}d" for d in (1, 2, 3) for k in ("avg", "max")}
-AVERAGES = POOLS | {"mean", "sum", "amax", "max", "logsumexp", "einsum", "matmul", "rmatmul", "bmm"}
-AVERAGES |= {"mm", "index_add", "scatter_add", "scatter_reduce", "scaled_dot_product_attention"}
-AVERAGES |= {"multi_head_attention_forward", "nanmean", "median"}
-_OPENING = BOUNDED | {"exp", "softplus", "log_softmax", "normalize", "sin", "cos", "relu", "silu"}
-_MULTIPLYING = ops.PRODUCTS | ops.QUOTIENTS | {"matmul", "rmatmul", "bmm", "einsum", "baddbmm"}
-_ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
-_PASSING = ops.MOVES | {"getitem", "split", "chunk", "unbind", "dropout", "neg", "masked_fill"}
+from svlib.probing.rows import Row
 
 
-@dataclass(eq=False)
-class Node:
-    """An output of a function (of a module, where no function was seen) on the way of the inputs.
-
-    Attributes:
-        place: Where it is: name of the layer, or of the module and the function called in it.
-        parents: Numbers of the nodes whose outputs it took.
-        values: What was measured, ``None`` if the inputs are not apart in it or it holds no real
-            numbers. A view has those of what it views.
-        varies: Whether it depends on an input that differs within the batch.
-        weights: Whether it is the output of a weighted layer.
-        finite: Whether all entries are.
-        gradient2: Mean square of the gradient, where it was measured.
-    """
-
-    number: int
-    function: str
-    place: str
-    operation: ops.Operation
-    parents: tuple[int, ...] = ()
-    values: Values | None = None
-    varies: bool = True
-    weights: bool = False
-    norm: bool = False
-    finite: bool = True
-    is_output: bool = False
-    view: bool = False
-    key: Key = ()
-    rows: tuple[str, ...] = ()
-    origins: frozenset[int] = frozenset()
-    shape: tuple[int, ...] = ()
-    unit: int | None = None
-    gradient2: float = math.nan
-    extra: dict[str, float] = field(default_factory=dict)
-    constants: dict[str, float] = field(default_factory=dict)  # parameters and mean squares
-
-
-class Trace:
+class Trace(Graph):
     """The nodes of one pass, and the questions that are asked of their graph."""
 
     def __init__(
@@ -103,7 +46,7 @@ class Trace:
         *,
         masked: bool = False,
     ) -> None:
-        self.nodes: list[Node] = []
+        super().__init__()
         self._number = WeakTensorKeyDictionary()
         self._counts: Counter[str] = Counter()
         self._held: list[torch.Tensor] = []  # weights: an address may not be used again
@@ -134,7 +77,7 @@ class Trace:
         if made.module is not None:
             return self._of_module(made, running)
         given = made.given[:1] if made.function in ops.LENDS else made.given
-        given = given[:3] if made.function in _ATTENTION else given
+        given = given[:3] if made.function in ATTENTION else given
         given = given[1:] if made.function == "where" else given
         parents = tuple(dict.fromkeys(self._number[x] for x in given if x in self._number))
         if not parents:
@@ -272,172 +215,6 @@ class Trace:
                     found[name] = math.sqrt(values.sigma2 / square)
         return found
 
-    @cached_property
-    def children(self) -> list[list[int]]:
-        """Numbers of the nodes that took each node's output."""
-        found: list[list[int]] = [[] for _ in self.nodes]
-        for node in self.nodes:
-            for parent in node.parents:
-                found[parent].append(node.number)
-        return found
-
-    @cached_property
-    def gates(self) -> frozenset[int]:
-        """Nodes whose every way on leads through a bounded or positive function to a product."""
-        ways: dict[tuple[int, bool], bool] = {}
-
-        def opens(number: int, bounded: bool) -> bool:
-            if (number, bounded) in ways:
-                return ways[number, bounded]
-            ways[number, bounded] = False
-            children = [self.nodes[child] for child in self.children[number]]
-            found = bool(children) and not self.nodes[number].is_output
-            for child in children:
-                several = len(child.parents) > 1
-                if child.function in _ATTENTION:
-                    found &= child.parents[-1] != number or len(child.parents) == 1
-                elif child.function in _MULTIPLYING and several:
-                    scores = child.function in _MULTIPLYING - ops.PRODUCTS
-                    found &= bounded or (scores and opens(child.number, False))
-                elif child.function in ops.SUMS and not several:
-                    found &= opens(child.number, True)  # 1 + x
-                elif child.function in _OPENING:
-                    found &= opens(child.number, True)
-                elif child.function in ops.WEIGHTED | POOLS:  # squeeze and excitation
-                    found &= opens(child.number, False)
-                elif child.function in _PASSING | ops.PRODUCTS | ops.QUOTIENTS | ops.NORMS:
-                    found &= opens(child.number, bounded)
-                else:
-                    found = False
-            ways[number, bounded] = found
-            return found
-
-        return frozenset(node.number for node in self.nodes if opens(node.number, False))
-
-    def is_sum(self, node: Node) -> bool:
-        """Whether a node adds two signals that vary."""
-        varying = [p for p in node.parents if self.nodes[p].varies and self.nodes[p].values]
-        return node.function in ops.SUMS and len(varying) > 1
-
-    @cached_property
-    def judged(self) -> list[Node]:
-        """Nodes that are judged, in execution order."""
-        return [
-            node
-            for node in self.nodes
-            if (node.weights or node.norm or self.is_sum(node))
-            and node.varies
-            and node.values is not None
-            and node.number not in self.gates
-        ]
-
-    @cached_property
-    def _judged(self) -> frozenset[int]:
-        return frozenset(node.number for node in self.judged)
-
-    def is_judged(self, number: int) -> bool:
-        """Whether a node is judged."""
-        return number in self._judged
-
-    def way(self, number: int) -> list[Node]:
-        """From an input to a node, along the parents of largest sigma^2 that vary."""
-        way = [self.nodes[number]]
-        while parents := [self.nodes[p] for p in way[0].parents if self.nodes[p].varies]:
-            held = [node for node in parents if node.values is not None] or parents
-            sizes = [-1.0 if node.values is None else node.values.sigma2 for node in held]
-            way.insert(0, held[sizes.index(max(sizes))])
-        return way
-
-    def next(self, number: int) -> list[Node]:
-        """The nearest judged nodes behind a node."""
-        found, open_, seen = [], [*self.children[number]], {number}
-        while open_:
-            at = open_.pop(0)
-            if at not in seen:
-                seen.add(at)
-                if at in self._judged:
-                    found.append(self.nodes[at])
-                else:
-                    open_ += self.children[at]
-        return found
-
-    def leaves(self, number: int) -> bool:
-        """Whether a node reaches an output with no judged node behind."""
-        return not self.next(number)
-
-    def upstream(self, number: int) -> list[Node]:
-        """The nodes that a node depends on, and itself, in execution order."""
-        found, open_ = {number}, [number]
-        while open_:
-            for parent in self.nodes[open_.pop()].parents:
-                if parent not in found:
-                    found.add(parent)
-                    open_.append(parent)
-        return [self.nodes[at] for at in sorted(found)]
-
-    def change(self, node: Node, column: str = "spread") -> float:
-        """Change of the logarithm of v^2/sigma^2 (or another value) from the largest of its parents
-        to a node."""
-        parents = [self.nodes[p] for p in node.parents if self.nodes[p].varies]
-        held = [p for p in parents if p.values is not None]
-        if node.values is None or not held:
-            return 0.0
-        before = max(held, key=lambda p: -1.0 if p.values is None else p.values.sigma2)
-        a, b = getattr(before.values, column), getattr(node.values, column)
-        return math.log(max(b, 1e-12) / max(a, 1e-12))
-
-    def gradient_steps(self) -> dict[tuple[str, str], float]:
-        """Change of ln(g² v²), which is the gradient by a relative change, from a weighted layer
-        back to the one before, along the chain of layers in which it changes most. They have one
-        shape, and no sum, average or fork between: those change it too."""
-        chains: dict[int, dict[tuple[str, str], float]] = {}
-        for b in (n for n in self.judged if n.weights and n.gradient2 > 0):
-            way = self.way(b.number)[:-1]
-            before = next((i for i in reversed(range(len(way))) if way[i].weights), None)
-            chains[b.number] = {}
-            if before is None:
-                continue
-            a, between = way[before], way[before + 1 :]
-            averages = any(n.function in AVERAGES or self.is_sum(n) for n in between)
-            if averages or a.shape != b.shape or not a.gradient2 > 0 or self._forks(a, b):
-                continue
-            sizes = [x.gradient2 * x.values.v2 if _tells_apart(x) else 0.0 for x in (a, b)]
-            if not min(sizes) > 0:
-                continue
-            step = math.log(sizes[0] / sizes[1])
-            chains[b.number] = {**chains.get(a.number, {}), (a.place, b.place): step}
-        return max(chains.values(), key=lambda x: abs(sum(x.values())), default={})
-
-    def _forks(self, a: Node, b: Node) -> bool:
-        """Whether a way leads on from a to a sum, other weights or an output, and not through b."""
-        open_, seen = [*self.children[a.number]], set[int]()
-        while open_:
-            at = open_.pop()
-            if at in seen or at == b.number:
-                continue
-            seen.add(at)
-            node = self.nodes[at]
-            if node.is_output or node.weights or self.is_sum(node):
-                return True
-            open_ += self.children[at]
-        return False
-
-    def frame(self) -> pd.DataFrame:
-        """The nodes as a table: place, function, whether judged, sigma2, m2, v2 and fraction."""
-        return pd.DataFrame(
-            {
-                "place": node.place,
-                "function": node.function,
-                "judged": node.number in self._judged,
-                **{
-                    name: math.nan if node.values is None else getattr(node.values, name)
-                    for name in ("m2", "v2", "sigma2", "fraction", "dead")
-                },
-                "parents": node.parents,
-            }
-            for node in self.nodes
-        )
-
 
 def _describe(node: Node, x: torch.Tensor, positions: str) -> None:
     """Measure an input: its values, its size, and how far its columns or channels are off 0."""
@@ -454,10 +231,6 @@ def _describe(node: Node, x: torch.Tensor, positions: str) -> None:
         node.extra["column"] = float(mean.abs().argmax())
         node.extra["columns"] = float(deviation.max() / varying.median())
         node.extra["largest"] = float(deviation.argmax())
-
-
-def _tells_apart(node: Node) -> bool:
-    return node.values is not None and node.values.fraction > 1e-9
 
 
 def computes(module: nn.Module) -> bool:

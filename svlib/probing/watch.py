@@ -16,10 +16,11 @@ from torch import nn
 
 from svlib import _check
 from svlib.probing.batches import Batch, Reading
+from svlib.probing.forward import Pass, watched
 from svlib.probing.models import weighted_layers
 from svlib.probing.passes import Watch
 from svlib.probing.places import Places, leading
-from svlib.probing.rows import Layers, Pass, Rows, watched
+from svlib.probing.rows import Layers, Rows
 from svlib.probing.trace import Trace
 
 Log = Callable[[int, dict[str, float]], Any]
