@@ -140,7 +140,10 @@ def explained(trial: Trial, finding: Finding) -> Finding:
     targets, suspects = {"row": node}, lambda kind: True
     if finding.kind == "collapse":
         column = "fraction" if node.values and node.values.fraction < d.COLLAPSED else "spread"
-        value: Callable[[dict[str, Values]], float] = lambda at: getattr(at["row"], column)  # noqa: E731
+
+        def value(at: dict[str, Values]) -> float:
+            return float(getattr(at["row"], column))
+
         sound, better = (lambda x: x >= d.COLLAPSED), log
     elif finding.kind in ("explosion", "loss of scale"):
         start = trace.nodes[finding.start]
@@ -175,10 +178,12 @@ def explained(trial: Trial, finding: Finding) -> Finding:
     else:
         return finding
     found = causes(trial, number, targets, value, sound, better, suspects)
-    if not found:
-        return finding
-    first = found[0]
-    place = finding.place
+    return _told(trace, finding, node, found) if found else finding
+
+
+def _told(trace: Graph, finding: Finding, node: Node, found: list[Cause]) -> Finding:
+    """The finding with its causes."""
+    number, first, place = finding.number, found[0], finding.place
     if first.node is not None and first.kind in ("biases", "weights", "constants", "statistics"):
         place = first.node.place
     words = {cause.words: cause.value for cause in found}

@@ -158,7 +158,7 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
     if any("statistics" in node.extra for node in trace.nodes):
         code = "model.train(); model(batch); model.eval()  # with momentum=None, over the data"
         yield Cure("BatchNorm's statistics from data", code, _statistics)
-    if constants := trace.constants:
+    if constants := _constants(trace):
         names = {n: r for n, r in constants.items() if r < 0.5}
         code = "; ".join(f"model.get_parameter({n!r}).data.mul_({r:.2g})" for n, r in names.items())
 
@@ -197,6 +197,17 @@ def _initialized(initialize: Callable[..., Any]) -> Callable[[nn.Module, Batch],
 def _layer(trace: Trace, node: Any, layers: Any) -> str:
     name = str(node.key[0])
     return name if name in layers else ""
+
+
+def _constants(trace: Trace) -> dict[str, float]:
+    """Parameters beside or in a sum with a signal, and factors that give them its size."""
+    found: dict[str, float] = {}
+    for node in trace.nodes:
+        for name, square in node.constants.items():
+            values = trace.nodes[node.parents[0]].values
+            if values is not None and square > 0:
+                found[name] = math.sqrt(values.sigma2 / square)
+    return found
 
 
 def _branch_ends(trace: Trace, layers: Any) -> list[str]:

@@ -19,7 +19,8 @@ from svlib.probing import findings as d
 from svlib.probing.batches import Batch, Caller, Masker, Reading
 from svlib.probing.causes import explained
 from svlib.probing.findings import Finding
-from svlib.probing.models import mapped, structural_copy, weighted_layers
+from svlib.probing.models import is_weighted, mapped, structural_copy
+from svlib.probing.places import Places
 from svlib.probing.probe import checked, measure
 from svlib.probing.removal import Trial
 from svlib.probing.rows import Layers
@@ -103,10 +104,9 @@ def explain(
 ) -> Explanation:
     """Measure a model, and say what is wrong with it: where, why, and what helps.
 
-    Every function of a forward pass is measured. A finding names the place, the number that is
-    beyond its threshold (constants of :mod:`svlib.probing.findings`), what the number becomes with
-    suspects taken away (:mod:`svlib.probing.removal`), and code that was tried on a copy and made
-    it better (:mod:`svlib.probing.cures`). Gradients are measured on a part of the first batch.
+    A finding names the place, the number beyond its threshold (:mod:`svlib.probing.findings`), what
+    it becomes with suspects taken away (:mod:`svlib.probing.removal`), and code that was tried on a
+    copy and made it better (:mod:`svlib.probing.cures`).
 
     Args:
         loss: A function of the model's output and the batch as it came, which returns a scalar: the
@@ -127,30 +127,18 @@ def explain(
     measured = measure(model, batches, layers, positions, reading, record=True)
     trace, places, batch = measured.trace, measured.places, measured.batch
     assert trace is not None
+    of_output = None if loss is None else lambda output: loss(output, raw)
+    found, missing = _looked_at(model, batch, trace, places, of_output)
     many = batch.samples > _INPUTS and loss is None and places is not None
     part = (batch.cut(_INPUTS) if many else None) or batch
-    missing = []
-    try:
-        if any(node.weights for node in trace.nodes):
-            cures.gradients(model, batch, trace, whole=places is None)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        missing.append(f"gradients ({str(error).splitlines()[0]})")
-    found = detectors.found(trace, places)
-    if loss is None:
-        missing.append("the outputs' scale (give loss=)")
-    of_output = None if loss is None else lambda output: loss(output, raw)
-    if of_output is not None:
-        found = sorted([*found, *_outputs(model, batch, trace, of_output)],
-                       key=lambda x: (x.note, -x.decades))  # fmt: skip
-    trial = Trial(model, part, trace, places, positions)
     worst = [i for i, x in enumerate(found) if not x.note][:_EXPLAINED]
     for i in worst:
-        found[i] = explained(trial, found[i])
+        found[i] = explained(Trial(model, part, trace, places, positions), found[i])
     table = pd.DataFrame()
-    if worst and weighted_layers_or_none(model):
+    if worst and any(map(is_weighted, model.modules())):
         table, after = cures.tried(model, part, places, positions, trace, found, of_output)
         found = [_cured(finding, table, after) for finding in found]
-    not_judged = (*_not_judged(trace, measured.rows.left_out, model), *missing)
+    not_judged = (*_not_judged(trace, model), *missing)
     if not any(not x.note for x in found):
         found = [_nothing(trace, not_judged), *found]
     frame = checked(measured.rows, model, layers, stacklevel=2, empty=layers is None)
@@ -175,12 +163,23 @@ def assert_healthy(
     assert not bad, "\n".join(map(str, bad))
 
 
-def weighted_layers_or_none(model: nn.Module) -> bool:
-    """Whether a model has weighted layers."""
+def _looked_at(
+    model: nn.Module,
+    batch: Batch,
+    trace: Trace,
+    places: Places | None,
+    loss: cures.Loss | None,
+) -> tuple[list[Finding], list[str]]:
+    """All findings, and what could not be measured."""
+    missing = [] if loss is not None else ["the outputs' scale (give loss=)"]
     try:
-        return bool(weighted_layers(model))
-    except ValueError:
-        return False
+        if any(node.weights for node in trace.nodes):
+            cures.gradients(model, batch, trace, whole=places is None)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        missing.append(f"gradients ({str(error).splitlines()[0]})")
+    found = detectors.found(trace, places)
+    found += [] if loss is None else _outputs(model, batch, trace, loss)
+    return sorted(found, key=lambda x: (x.note, -x.decades)), missing
 
 
 def _first(batches: Any) -> tuple[Any, Any]:
@@ -250,7 +249,7 @@ def _price(finding: Finding, table: pd.DataFrame, after: Any, mine: Callable[[st
     return f"Nothing that was tried made it better without another finding: {best} helps{price}"
 
 
-def _not_judged(trace: Trace, left_out: Any, model: nn.Module) -> list[str]:
+def _not_judged(trace: Trace, model: nn.Module) -> list[str]:
     found = []
     gates = [n.place for n in trace.nodes if n.weights and n.number in trace.gates]
     if gates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -77,8 +77,8 @@ class Pass:
 
     def note(self, made: Output) -> None:
         """Add an output to its row, if it has one."""
-        if isinstance(made.module, _SEQUENCES) and made.y.is_floating_point():
-            self._sequence(made, made.module)
+        if isinstance(made.module, _SEQUENCES) and _runs_over_inputs(self, made):
+            self._rows.over_inputs[str(made.key[0])] = None
         wanted = self._trace is not None and self._trace.observe(made, self)
         if not self._rows.everything:  # the first output of a weighted layer that has numbers
             call = made.key[:2]
@@ -88,15 +88,6 @@ class Pass:
             made = made._replace(name=str(made.key[0]))
         if wanted:
             self._add(made)
-
-    def _sequence(self, made: Output, module: Any) -> None:
-        try:
-            place = self.place(made)
-        except LostInputsError:
-            return
-        over = place is not None and place.dim == 0
-        if over and made.key[-1] in ("", "[0]") and (made.y.ndim == 2 or not module.batch_first):
-            self._rows.over_inputs[str(made.key[0])] = None
 
     def _add(self, made: Output) -> None:
         if not is_weighted(made.module) and not self._holds_inputs(made):
@@ -164,6 +155,18 @@ class Pass:
         later = [dim + (len(sizes) - 1) * (dim > axis) for dim in (unit, *positions)]
         y = y.reshape(*y.shape[:axis], *sizes, *y.shape[axis + 1 :])
         return y, (here, later[0], (*added, *later[1:]))
+
+
+def _runs_over_inputs(running: Pass, made: Output) -> bool:
+    """Whether a sequence takes the inputs of the batch for time."""
+    if made.key[-1] not in ("", "[0]") or not made.y.is_floating_point():
+        return False
+    try:
+        place = running.place(made)
+    except LostInputsError:
+        return False
+    batched = made.y.ndim > 2 and getattr(made.module, "batch_first", False)
+    return place is not None and place.dim == 0 and not batched
 
 
 def watched(model: nn.Module) -> Mapping[str, nn.Module]:

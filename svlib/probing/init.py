@@ -58,6 +58,7 @@ from svlib.probing.setter import (
     layer_parts,
     sample_parts,
     total_parts,
+    unlike,
 )
 
 GRADIENTS = 100.0
@@ -193,7 +194,8 @@ def _initialize(
                 parameter.copy_(value)
         torch.clear_autocast_cache()
         raise
-    setter.verify(after)
+    for name, reason in unlike(after, setter.done, parts).items():
+        setter.leave(name, reason)
     setter.warn(_beyond(model))
     names = before.name.map(lambda name: setter.done.get(name, "not called when layers were set"))
     before.insert(2, "done", names)

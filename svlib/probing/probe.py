@@ -177,14 +177,13 @@ def probe(
     """Measure the decomposition of a model's outputs, in execution order.
 
     The model runs in the mode it is in (in training mode the noise of dropout counts as variance),
-    without gradients and uncompiled, in one pass and in memory that does not grow with the batches.
+    in memory that does not grow with the batches.
 
     Args:
         model: Any module.
-        batches: A tensor of inputs, a tuple of arguments or a dictionary of them by name, or an
-            iterable of such (a ``DataLoader``; a list is one of batches). Inputs lie along the
-            first dimension. Of a tuple, as many items are taken as ``forward`` requires by
-            position, or the first alone if it is a dictionary: the rest are labels.
+        batches: A tensor of inputs, a tuple of arguments, a dictionary of them by name or as the
+            argument, or an iterable of such (a ``DataLoader``, a list). Inputs lie along the first
+            dimension. Of a tuple, what ``forward`` does not require by position are labels.
         layers: ``None``: the outputs of linear and convolutional layers. "all": those of every
             module and of every torch function called in modules not of torch's own, as far as they
             keep the inputs apart; views have no row. A list selects of these by name, "*" being a

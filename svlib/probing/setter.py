@@ -60,18 +60,17 @@ class Setter:
         self.done: dict[str, str] = {}
         for name, layer in self.layers.items():
             if carrier(layer) is None and name not in self._left:
-                self._left[name] = self._leave(name, f"weight made by {maker(layer)}")
+                self._left[name] = self.leave(name, f"weight made by {maker(layer)}")
 
     def finish(self) -> None:
         """Note layers that were not called; raise if none was set."""
         for name in self.layers:
             if not self._calls[name] and name not in self._left:
-                self._leave(name, "not called")
+                self.leave(name, "not called")
         if not self._set_as and self._unset:
             reason, names = next(iter(self._unset.items()))
-            raise ValueError(
-                f"model must have a layer to set, got {some(map(repr, names))}: {reason}"
-            )
+            got = f"{some(map(repr, names))}: {reason}"
+            raise ValueError(f"model must have a layer to set, got {got}")
 
     def warn(self, beyond: list[str]) -> None:
         """Say in one warning what was left."""
@@ -81,19 +80,10 @@ class Setter:
             text = "left as they are: " + "; ".join(parts)
             warnings.warn(f"{text}: freeze them to leave them silently", stacklevel=4)
 
-    def _leave(self, name: str, reason: str) -> str:
+    def leave(self, name: str, reason: str) -> str:
+        """Note a layer that is left, and why; the words for the table."""
         self._unset.setdefault(reason, []).append(name)
         return f"left, {reason}"
-
-    def verify(self, after: pd.DataFrame) -> None:
-        """Note the layers whose statistics, in another pass, are not those that were set."""
-        set_ = [SET] if self._parts is layer_parts else [SET, SET_WITHOUT_BIAS]
-        mine = after[after.name.map(self.done).isin(set_)]
-        found = mine.v2 if self._parts is sample_parts else mine.sigma2
-        for name, value in zip(mine.name, found, strict=True):
-            if not abs(value - 1) < _TOLERANCE:
-                kind = "sample variance" if self._parts is sample_parts else "mean square"
-                self._leave(name, f"set, but {kind} {value:.3g} in another pass")
 
     def on_output(self, running: Pass) -> Callable[[Output], torch.Tensor | None]:
         """What to do with an output of a layer."""
@@ -116,7 +106,7 @@ class Setter:
             except MergedInputsError as error:
                 masked = isinstance(error, MaskError)
                 reason = "other positions than the mask" if masked else "inputs not apart"
-                self.done[row] = self._leave(name, reason)
+                self.done[row] = self.leave(name, reason)
                 return None
             new = self._set(row, made, decompose(counted_y, *dims, mask=mask), held)
             if new is not None:
@@ -133,17 +123,16 @@ class Setter:
         name, y = str(made.key[0]), made.y
         shift, scale = (x.to(y) for x in self._parts(found))
         if bad := int((~scale.isfinite()).sum()):
-            wanted = "must have finite scales to divide by"
-            raise ValueError(f"layer {name!r} {wanted}, got {bad} of {scale.numel()} not so")
+            raise ValueError(f"layer {name!r} must have finite scales, got {bad} that are not")
         # what rounding leaves of a unit that does not vary is no variance
         still = scale <= 2 * torch.finfo(y.dtype).eps * shift.abs()
         if still.all():
             silent = not found.sigma2
             reason = "output 0 for every input" if silent else "no variation over inputs"
-            self.done[row] = self._leave(name, reason)
+            self.done[row] = self.leave(name, reason)
             return None
         if scale.ndim and not by_unit(layer, len(scale)):
-            self.done[row] = self._leave(name, "one scale for several units")
+            self.done[row] = self.leave(name, "one scale for several units")
             return None
         bias = layer._parameters.get("bias")
         done = SET if bias is not None or self._parts is total_parts else SET_WITHOUT_BIAS
@@ -174,12 +163,22 @@ class Setter:
             with torch.no_grad():
                 for part, value in zip(held, kept, strict=True):
                     part.copy_(value)
-            self.done[row] = self._leave(name, reason)
+            self.done[row] = self.leave(name, reason)
             return None
         if places:
-            self._leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
+            self.leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
         self.done[row] = done
         return again
+
+
+def unlike(after: pd.DataFrame, done: Mapping[str, str], parts: Parts) -> dict[str, str]:
+    """Layers whose statistics, in another pass, are not those that were set, and what they are."""
+    kinds = [SET] if parts is layer_parts else [SET, SET_WITHOUT_BIAS]
+    mine = after[after.name.map(done).isin(kinds)]
+    found = mine.v2 if parts is sample_parts else mine.sigma2
+    kind = "sample variance" if parts is sample_parts else "mean square"
+    off = {n: x for n, x in zip(mine.name, found, strict=True) if not abs(x - 1) < _TOLERANCE}
+    return {name: f"set, but {kind} {x:.3g} in another pass" for name, x in off.items()}
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:

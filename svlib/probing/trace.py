@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,25 +50,13 @@ class Trace(Graph):
         self._held: list[torch.Tensor] = []  # weights: an address may not be used again
         self._positions, self._samples = positions, samples
         with torch._C.DisableTorchFunction():  # other modes must not see what follows
-            self._begin(model, given, samples, positions, masked)
-
-    def _begin(
-        self, model: nn.Module, given: Any, samples: int, positions: str, masked: bool
-    ) -> None:
-        modules = dict(named_modules(model))
-        self._parameters = {storage(x): name for name, x in model.named_parameters()}
-        self._weighted = {name for name, module in modules.items() if is_weighted(module)}
-        for name, x in named_inputs(model, given):
-            holds = x.ndim > 0 and len(x) == samples and x.layout is torch.strided
-            varies = x.ndim > 0 and not (holds and samples > 1 and bool((x == x[:1]).all()))
-            node = Node(len(self.nodes), "input", name, ops.Input(name, varies), varies=varies)
-            node.origins, node.shape = frozenset({-1 - node.number}), tuple(x.shape)
-            if varies and holds and not masked:
-                node.extra["padding"] = padding(x)
-            if holds and samples > 1 and x.is_floating_point() and bool(x.isfinite().all()):
-                _describe(node, x.detach(), positions)
-            self._number[x] = node.number
-            self.nodes.append(node)
+            modules = dict(named_modules(model))
+            self._parameters = {storage(x): name for name, x in model.named_parameters()}
+            self._weighted = {name for name, module in modules.items() if is_weighted(module)}
+            for name, x in named_inputs(model, given):
+                node = _input(len(self.nodes), name, x, samples, positions, masked=masked)
+                self._number[x] = node.number
+                self.nodes.append(node)
 
     def observe(self, made: Output, running: Pass) -> bool:
         """Add an output; whether it is one that may have a row among all."""
@@ -82,7 +68,8 @@ class Trace(Graph):
         parents = tuple(dict.fromkeys(self._number[x] for x in given if x in self._number))
         if not parents:
             return False
-        operation = self._operation(made, parents)
+        nodes = [self.nodes[parent] for parent in parents]
+        operation = _operation(made, nodes, lambda x: x in self._number)
         node = self._add(made, operation, parents, running)
         node.weights = made.function in ops.WEIGHTED and made.key[0] not in self._weighted
         owner = running.modules.get(str(made.key[0]))
@@ -118,7 +105,7 @@ class Trace(Graph):
             node.place = row_name(str(made.key[0] if weighted else made.name), int(made.key[1]))
             node.weights |= weighted
             if weighted and node.values is None and node.finite:
-                self._measure(node, made, running)
+                _measure(node, made, running, self._positions)
         return may_have_row(y) and fresh
 
     def _add(
@@ -144,48 +131,13 @@ class Trace(Graph):
         self._number[made.y] = node.number
         self.nodes.append(node)
         if made.computed or made.function not in ops.MOVES:
-            self._measure(node, made, running)
+            _measure(node, made, running, self._positions)
         else:
             node.values, node.view = self.nodes[parents[0]].values, True
         if has_numbers(made.y):
             with suppress(RuntimeError, TypeError, ValueError, IndexError):  # of odd arguments
                 node.extra |= extras(made, node.values, self.nodes[parents[0]].values)
         return node
-
-    def _measure(self, node: Node, made: Output, running: Pass) -> None:
-        y = made.y
-        if not (y.is_floating_point() and y.ndim > 1 and y.numel()):
-            return
-        try:
-            y, dims = running.apart(made, node.place)
-            node.unit = dims[1] if y is made.y else None
-            row = Row(made.function, y, dims, self._positions, directions=True)
-            node.values = row.update(y, dims, running.mask).values()
-        except _check.NotFiniteError:
-            node.finite = False
-        except (ValueError, RuntimeError):  # not apart, fewer than two inputs, another mask
-            return
-
-    def _operation(self, made: Output, parents: tuple[int, ...]) -> ops.Operation:
-        name, (args, kwargs) = made.function, made.call
-        if name in ops.WEIGHTED:
-            held = ops.weight_of(name, args, kwargs), ops.bias_of(name, args, kwargs)
-            if any(x is not None and x in self._number for x in held):
-                return ops.Beyond(f"{name} with weights from the input")
-        nodes = [self.nodes[parent] for parent in parents]
-        if name in ops.SUMS and len(parents) == 2:
-            if nodes[0].origins & nodes[1].origins:
-                return ops.Beyond("add of dependent signals")
-            return ops.Sum() if nodes[0].shape == nodes[1].shape else ops.Beyond("add")
-        if len(parents) > 1:
-            return ops.Beyond(f"{name} of several signals")
-        moved = name in RESHAPES and made.y.ndim == 2 < len(nodes[0].shape)
-        if moved and sum(size > 1 for size in nodes[0].shape[1:]) > 1:
-            return ops.Beyond("flatten of positions")
-        try:
-            return ops.operation_of(name, args, kwargs, made.y)
-        except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError):
-            return ops.Beyond(name)
 
     def name_row(self, y: torch.Tensor, row: str) -> None:
         """Say that an output has a row of this name."""
@@ -204,16 +156,59 @@ class Trace(Graph):
         self._number, self._held = WeakTensorKeyDictionary(), []
         return self
 
-    @cached_property
-    def constants(self) -> dict[str, float]:
-        """Parameters beside or in a sum with a signal, and factors that give them its size."""
-        found: dict[str, float] = {}
-        for node in self.nodes:
-            for name, square in node.constants.items():
-                values = self.nodes[node.parents[0]].values
-                if values is not None and square > 0:
-                    found[name] = math.sqrt(values.sigma2 / square)
-        return found
+
+def _measure(node: Node, made: Output, running: Pass, positions: str) -> None:
+    y = made.y
+    if not (y.is_floating_point() and y.ndim > 1 and y.numel()):
+        return
+    try:
+        y, dims = running.apart(made, node.place)
+        node.unit = dims[1] if y is made.y else None
+        row = Row(made.function, y, dims, positions, directions=True)
+        node.values = row.update(y, dims, running.mask).values()
+    except _check.NotFiniteError:
+        node.finite = False
+    except (ValueError, RuntimeError):  # not apart, fewer than two inputs, another mask
+        return
+
+
+def _operation(
+    made: Output, nodes: list[Node], known: Callable[[torch.Tensor], bool]
+) -> ops.Operation:
+    """What theory needs to know of a function of the outputs of these nodes."""
+    name, (args, kwargs) = made.function, made.call
+    if name in ops.WEIGHTED:
+        held = ops.weight_of(name, args, kwargs), ops.bias_of(name, args, kwargs)
+        if any(x is not None and known(x) for x in held):
+            return ops.Beyond(f"{name} with weights from the input")
+    if name in ops.SUMS and len(nodes) == 2:
+        if nodes[0].origins & nodes[1].origins:
+            return ops.Beyond("add of dependent signals")
+        return ops.Sum() if nodes[0].shape == nodes[1].shape else ops.Beyond("add")
+    if len(nodes) > 1:
+        return ops.Beyond(f"{name} of several signals")
+    moved = name in RESHAPES and made.y.ndim == 2 < len(nodes[0].shape)
+    if moved and sum(size > 1 for size in nodes[0].shape[1:]) > 1:
+        return ops.Beyond("flatten of positions")
+    try:
+        return ops.operation_of(name, args, kwargs, made.y)
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError):
+        return ops.Beyond(name)
+
+
+def _input(
+    number: int, name: str, x: torch.Tensor, samples: int, positions: str, *, masked: bool
+) -> Node:
+    """The node of an argument."""
+    holds = x.ndim > 0 and len(x) == samples and x.layout is torch.strided
+    varies = x.ndim > 0 and not (holds and samples > 1 and bool((x == x[:1]).all()))
+    node = Node(number, "input", name, ops.Input(name, varies), varies=varies)
+    node.origins, node.shape = frozenset({-1 - number}), tuple(x.shape)
+    if varies and holds and not masked:
+        node.extra["padding"] = padding(x)
+    if holds and samples > 1 and x.is_floating_point() and bool(x.isfinite().all()):
+        _describe(node, x.detach(), positions)
+    return node
 
 
 def _describe(node: Node, x: torch.Tensor, positions: str) -> None:

@@ -23,6 +23,9 @@ from svlib.probing.places import Places, leading
 from svlib.probing.rows import Layers, Rows
 from svlib.probing.trace import Trace
 
+_ONE, _NONE = "steps with one input", "steps with no tensor with a dimension"
+_NOT_CALLED = "the model itself was not called: call it as model(...), or give Probe the compiled "
+_NOT_CALLED += "one that you call"
 Log = Callable[[int, dict[str, float]], Any]
 
 
@@ -69,13 +72,11 @@ class Probe:
 
     A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not
     counted. Between the steps that are measured the model runs as if nothing were there; a step
-    that is measured runs uncompiled. A step goes on whatever happens to its measurement: a batch of
-    one input, a skipped layer, an output that is not finite or, under ``torch.func`` or a compiler,
-    has no numbers, have no row. Copies and saved files of the model do not measure.
+    that is measured runs uncompiled. A step goes on whatever happens to its measurement; what has
+    no numbers, under ``torch.func`` or a compiler, has no row. Copies of the model do not measure.
 
     Args:
-        model: The module that the loop calls, compiled or not. What is called through a compiled
-            wrapper that is not given here runs as it does without, and is not measured.
+        model: The module that the loop calls, compiled or not.
         every: Measure steps 0, ``every``, 2 ``every``...
         layers, positions, inputs, maximum: As in :func:`probe`.
         log: Called with the number of a measured step and its values by "fraction/hidden.0" etc.
@@ -136,9 +137,7 @@ class Probe:
         self._hooks.close()
         if kind is None and not self._frames:
             why = ", ".join(f"{reason} ({count})" for reason, count in self._missed.items())
-            reason = why or "the model itself was not called: call it as model(...), or give Probe "
-            reason += "" if why else "the compiled one that you call"
-            warnings.warn(f"Probe measured nothing: {reason}", stacklevel=2)
+            warnings.warn(f"Probe measured nothing: {why or _NOT_CALLED}", stacklevel=2)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -163,10 +162,9 @@ class Probe:
     def _watch(self, model: nn.Module, step: int, args: Any, kwargs: Any) -> None:
         batch = Batch(args, kwargs, self._reading.inputs or 0)
         if not batch.samples:
-            batch = self._counted(model, batch)
+            batch, self._leading = _counted(model, batch, self._leading)
         if batch.samples < 2:
-            got = "one input" if batch.samples else "no tensor with a dimension"
-            self._missed[f"steps with {got}"] += 1
+            self._missed[_ONE if batch.samples else _NONE] += 1
             return
         inner = getattr(model, "_orig_mod", model)
         everything = self._layers is not None
@@ -180,21 +178,7 @@ class Probe:
         watching = _Watch(inner, running.note, None if everything else watched(inner))
         watching.failed = lambda error: self._missed.update([_failed("measure", step, error)])
         stack.enter_context(watching.watching())
-        # the last hooks of the model; the second runs also where the model raises
-        keep = _Hook(lambda *_: self._keep(step, rows))
-        stack.callback(model.register_forward_hook(keep).remove)
-        close = _Hook(lambda *_: stack.close())
-        stack.callback(model.register_forward_hook(close, always_call=True).remove)
-
-    def _counted(self, model: nn.Module, batch: Batch) -> Batch:
-        """The batch with the number of its inputs, for which the first step is looked at."""
-        sizes = [x.size(0) if x.ndim and not x.is_nested else 0 for x in batch.tensors()]
-        if self._leading is None:
-            batch = batch._replace(samples=next((size for size in sizes if size), 0))
-            several = len({size for size in sizes if size > 1}) > 1
-            self._leading = leading(model, batch, sizes) if several else 0
-        held = [size for size in sizes[self._leading :] + sizes if size]
-        return batch._replace(samples=held[0] if held else 0)
+        _at_the_end(model, stack, lambda *_: self._keep(step, rows))
 
     def _keep(self, step: int, rows: Rows) -> None:
         """Store the rows of a step, and log them."""
@@ -205,13 +189,34 @@ class Probe:
             return
         frame.insert(0, "step", step)
         self._frames.append(frame)
-        numbers = frame.set_index("name").select_dtypes("number").drop(columns=["step"])
-        values = {f"{x}/{name}": float(y) for x in numbers for name, y in numbers[x].items()}
-        try:
-            if self._log is not None:
-                self._log(step, values)
-        except Exception as error:
-            _failed("log", step, error)
+        if self._log is not None:
+            try:
+                self._log(step, _values(frame))
+            except Exception as error:
+                _failed("log", step, error)
+
+
+def _at_the_end(model: nn.Module, stack: ExitStack, keep: Callable[..., None]) -> None:
+    """The last hooks of the model; the second runs also where the model raises."""
+    stack.callback(model.register_forward_hook(_Hook(keep)).remove)
+    close = _Hook(lambda *_: stack.close())
+    stack.callback(model.register_forward_hook(close, always_call=True).remove)
+
+
+def _counted(model: nn.Module, batch: Batch, first: int | None) -> tuple[Batch, int]:
+    """The batch with the number of its inputs, and which tensor tells it: looked at once."""
+    sizes = [x.size(0) if x.ndim and not x.is_nested else 0 for x in batch.tensors()]
+    if first is None:
+        batch = batch._replace(samples=next((size for size in sizes if size), 0))
+        several = len({size for size in sizes if size > 1}) > 1
+        first = leading(model, batch, sizes) if several else 0
+    held = [size for size in sizes[first:] + sizes if size]
+    return batch._replace(samples=held[0] if held else 0), first
+
+
+def _values(frame: pd.DataFrame) -> dict[str, float]:
+    numbers = frame.set_index("name").select_dtypes("number").drop(columns=["step"])
+    return {f"{x}/{name}": float(y) for x in numbers for name, y in numbers[x].items()}
 
 
 def _failed(what: str, step: int, error: Exception) -> str:
