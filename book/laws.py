@@ -278,9 +278,33 @@ def activations() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).set_index("activation")
 
 
+def band() -> pd.DataFrame:
+    """Standard deviation over networks of v²/m² and of m/v, 64 inputs each."""
+    rows = []
+    many = {64: 6000, 128: 4000, 256: 2000, 1000: 2000}
+    for width, networks in many.items():
+        record = sv.simulate(
+            width, 200, networks=networks, samples=64, seed=width + 1
+        )
+        for layer in (5, 10, 20, 49, 200):
+            found = []
+            for name in ("v2_over_m2", "ratio"):
+                one = record[name][:, layer].dropna("network")
+                squares = (one - one.mean()) ** 2
+                deviation, error = mean_and_error(squares)
+                found += [deviation**0.5, error / 2 / deviation**0.5]
+            rows.append((width, layer, one.size, *found))
+        print(rows[-1], flush=True)
+    names = "width layer networks x x_error ratio ratio_error"
+    table = pd.DataFrame(rows, columns=names.split())
+    return table.set_index(["width", "layer"])
+
+
 def load(name: str) -> pd.DataFrame:
     """A stored table."""
-    keys = {"drift": 3, "model": 3, "scaling": 2}.get(name, 1)
+    keys = {"drift": 3, "model": 3, "scaling": 2, "band": 2}.get(
+        name, 1
+    )
     return pd.read_csv(
         FOLDER / f"{name}.csv", index_col=list(range(keys))
     )
@@ -374,6 +398,7 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
         norms,
         scaling,
         activations,
+        band,
     )
 }
 

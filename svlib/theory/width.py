@@ -66,14 +66,23 @@ class _Moments(NamedTuple):
     ab: float  # the correlation map
 
 
-def _moments(rho: float, slope: float) -> _Moments:
-    """The averages by Gauss-Legendre panels over the shared part, split where it meets the kink."""
+def shared_part(rho: float) -> tuple[Array, float, Array]:
+    r"""Nodes of :math:`\sqrt\rho\,g`, the deviation :math:`\sqrt{1-\rho}` of the rest, weights.
+
+    Gauss-Legendre panels, split where the shared part meets the kink.
+    """
     share, own = math.sqrt(rho), math.sqrt(1 - rho)
     turn = own / share if share > 0 else 9.0
     edges = np.unique(np.clip([-9, -8 * turn, -turn, 0, turn, 8 * turn, 9], -9, 9))
     half = np.diff(edges)[:, None] / 2
     g = (half * _LEGENDRE + (edges[:-1, None] + half)).ravel()
     weights = (half * _LEGENDRE_WEIGHTS).ravel() * np.exp(-(g**2) / 2) / math.sqrt(2 * math.pi)
+    return share * g, own, weights
+
+
+def _moments(rho: float, slope: float) -> _Moments:
+    """The averages by an integral over the shared part."""
+    shared, own, weights = shared_part(rho)
 
     def positive(t: Array) -> tuple[Array, Array, Array]:
         """<z>, <z^2>, <z^3> over z > 0 for z of mean t and standard deviation own."""
@@ -83,7 +92,7 @@ def _moments(rho: float, slope: float) -> _Moments:
         two = (t**2 + own**2) * above + t * own * density
         return one, two, (t**3 + 3 * t * own**2) * above + (t**2 + 2 * own**2) * own * density
 
-    up, down = positive(share * g), positive(-share * g)
+    up, down = positive(shared), positive(-shared)
     scale = math.sqrt((1 + slope**2) / 2)
     a = (up[0] - slope * down[0]) / scale
     aa = (up[1] + slope**2 * down[1]) / scale**2
