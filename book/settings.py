@@ -70,7 +70,7 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     if folder == "summary":
         rates = at_one_rate()
-        logs = np.log(rates.total / rates["sample"])
+        logs = pd.Series(np.log(rates.total / rates["sample"]))
         half = 4.303 * logs.sem()  # Student's t, three seeds
         bounds = np.exp(
             [logs.mean(), logs.mean() - half, logs.mean() + half]
@@ -115,7 +115,7 @@ def not_centred() -> pd.DataFrame:
 
 
 def at_one_rate() -> pd.DataFrame:
-    """Total and sample init at 0.01, 20,000 iterations, by seed: loss and held-out error."""
+    """Total and sample init at 0.01, 20,000 iterations, by seed: loss, held-out error."""
     folder = RESULTS.parent / "overnight"
     before = xr.load_dataset(
         folder / "slow-cifar10-total.nc", engine="scipy"
