@@ -70,10 +70,12 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     if folder == "summary":
         rates = at_one_rate()
-        logs = pd.Series(np.log(rates.total / rates["sample"]))
-        half = 4.303 * logs.sem()  # Student's t, three seeds
+        logs = np.log((rates.total / rates["sample"]).to_numpy(float))
+        half = (
+            4.303 * float(logs.std(ddof=1)) / 3**0.5
+        )  # Student's t, three seeds
         bounds = np.exp(
-            [logs.mean(), logs.mean() - half, logs.mean() + half]
+            float(logs.mean()) + half * np.array([0, -1, 1])
         )
         print(
             not_centred().round(3),
