@@ -8,8 +8,10 @@ whether the output of an input depends on the other inputs of its batch.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from svlib.probing.models import LostInputsError, has_numbers, named_modules, st
 from svlib.probing.passes import Key, Output, Watch
 
 _MANY, _FEW = (0, 1, 2), (2, 1)  # the inputs; in another order, or what sorts would not show
+_ENTRIES = 2**14  # of an output that are compared of one input, by dimension
 _TOLERANCE = 0.03  # of rounding, and of what dynamic quantization makes of other inputs
 # functions that move entries and compute none
 PICKS = frozenset({"get", "getitem", "index_select", "gather", "take_along_dim", "roll", "flip"})
@@ -46,8 +49,8 @@ class Guess(NamedTuple):
 
 
 class _Digest(NamedTuple):
-    """An output's shape, dtype, and for each dimension that may hold the inputs a weighted sum over
-    the others and its size, by which two passes are compared without keeping them."""
+    """An output's shape, and for each dimension that may hold the inputs a weighted sum over some
+    entries along the others and its size, by which two passes are compared without keeping them."""
 
     shape: torch.Size
     sums: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
@@ -56,16 +59,32 @@ class _Digest(NamedTuple):
 
 
 def _digest(made: Output, inputs: int) -> _Digest:
-    y, sums = made.y, {}
+    y, sums = made.y.detach(), {}
     if y.is_floating_point() and y.ndim and y.numel() and y.layout is torch.strided:
-        z = y.detach().nan_to_num(0.0, 0.0, 0.0).double()
         for dim, size in enumerate(y.shape):
             if size % inputs == 0:
-                flat = z.movedim(dim, 0).reshape(size, -1)
-                weights = torch.arange(1, flat.shape[1] + 1, device=y.device).double().cos()
-                sums[dim] = flat @ weights, (flat.square() @ weights.square()).sqrt()
+                z = _some(y, dim, size // inputs).movedim(dim, 0).reshape(size, -1).double()
+                z = z.nan_to_num(0.0, 0.0, 0.0)
+                weights = _weights(z.shape[1]).to(y.device)
+                sums[dim] = z @ weights, (z.square() @ weights.square()).sqrt()
     tolerance = 3 * _TOLERANCE if y.dtype == torch.bfloat16 else _TOLERANCE
     return _Digest(y.shape, sums, tolerance, made.function)
+
+
+@cache
+def _weights(n: int) -> torch.Tensor:
+    return torch.arange(1, n + 1).double().cos()
+
+
+def _some(y: torch.Tensor, dim: int, merged: int) -> torch.Tensor:
+    """A view of some entries for each along a dimension, the same of any number of inputs."""
+    others = sorted((other for other in range(y.ndim) if other != dim), key=y.size)
+    left = max(16.0, _ENTRIES / merged)
+    for rest, other in zip(range(len(others), 0, -1), others, strict=True):
+        step = math.ceil(y.size(other) / max(2.0, left ** (1 / rest)))
+        y = y[(slice(None),) * other + (slice(None, None, step),)]
+        left /= y.size(other)
+    return y
 
 
 class Places:
