@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 import svlib as sv
+from tests.ailing import AILING, Case
 from tests.models import Net, gaussian, he_
-
-Case = tuple[nn.Module, Any, set[str], tuple[str, ...]]
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -315,74 +313,24 @@ class Tied(nn.Module):
         return self.h(x + torch.relu(self.m(x)))
 
 
+ALL = {**CASES, **AILING}
+
+
 @pytest.mark.filterwarnings("ignore:.* have no row")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_first_finding_names_the_cause(name: str) -> None:
-    model, batch, kinds, words = seeded(CASES[name])
+    model, batch, kinds, words = seeded(ALL[name])
     found = sv.explain(model, batch).findings
     assert found[0].kind in kinds, found
-    assert any(word in f"{found[0]} {found[0].place!r} {found[0].cause}" for word in words), found[
-        0
-    ]
+    told = f"{found[0]} {found[0].place!r} {found[0].cause}"
+    assert any(word in told for word in words), found[0]
 
 
-def targets(model: nn.Module, batch: Any) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(batch)
-    return torch.randint(
-        output.shape[-1], output.shape[:-1], generator=torch.Generator().manual_seed(1)
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gain 1", "gain 4", "bias -5 in one layer",
-                                  "branches without a factor"])  # fmt: skip
-def test_what_is_advised_trains_better(name: str) -> None:
-    """By another measure than the one it was chosen by: the loss after fifty steps."""
-    model, batch, _, _ = seeded(CASES[name])
-    y = targets(model, batch)
-
-    def loss(output: torch.Tensor, _: Any) -> torch.Tensor:
-        return F.cross_entropy(output.flatten(0, -2), y.flatten())
-
-    found = sv.explain(model, batch, loss=loss)
-    cure = next(n for n in found.cures.index if found.findings[0].cure.startswith(f"Tried: {n} "))
-    assert found.cures.loss[cure] < found.cures.loss["nothing"]
-
-
-def sound_residual() -> Case:
-    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
-        for a, b in zip(s.a, s.b, strict=True):
-            x = x + b(torch.relu(a(x)))
-        return s.o(x)
-
-    lists = {n: nn.ModuleList(nn.Linear(64, 64) for _ in range(4)) for n in "ab"}
-    model = he_(Net(forward, o=nn.Linear(64, 9), **lists))
-    for layer in model.get_submodule("b").children():
-        nn.init.zeros_(next(layer.parameters()))
-    return model, X, set(), ()
-
-
-def prior() -> Case:
-    model = he_(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 9)))
-    nn.init.normal_(model[2].weight, std=0.01)  # type: ignore[index]
-    nn.init.constant_(model[2].bias, -4.6)  # type: ignore[index]
-    return model, X, set(), ()
-
-
-@pytest.mark.parametrize("case", [sound_residual, prior], ids=["zero branches", "prior bias"])
-def test_what_is_so_by_design_is_at_most_a_note(case: Callable[[], Case]) -> None:
-    model, batch, _, _ = seeded(case)
-    found = sv.explain(model, batch).findings
-    assert found[0].kind == "nothing found", found
-    assert all(finding.note for finding in found[1:])
-
-
-def test_padding_is_named_unless_there_is_a_mask() -> None:
-    model = seeded(lambda: Tied(100, 32))
-    ids = torch.randint(3, 100, (40, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(12) < torch.arange(40)[:, None] % 8 + 4
-    batch = {"ids": ids * mask}
-    assert any("padding" in finding.text for finding in sv.explain(model, batch).findings)
-    masked = sv.explain(model, batch, mask=lambda batch: mask)
-    assert not any("padding" in finding.text for finding in masked.findings)
+@pytest.mark.xfail(strict=True, reason="gives the mean square of what comes in, here 0.37")
+def test_what_is_removed_is_measured_in_the_units_of_the_finding() -> None:
+    model, batch, _, _ = seeded(ALL["gate bias 20"])
+    first = sv.explain(model, batch).findings[0]
+    model.g.bias.data.zero_()
+    expected = float(torch.softmax(model.g(batch), -1).max(-1).values.mean())
+    assert first.value == pytest.approx(1, abs=1e-4)
+    assert next(iter(first.removed.values())) == pytest.approx(expected, rel=0.05)
