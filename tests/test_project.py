@@ -60,9 +60,10 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "theory.limits": "theory.activations theory.depth theory.maps",
     "theory.width": "theory.activations theory.angles theory.batchnorm theory.maps theory.depth",
     "theory.angles": "theory.depth",
+    "theory.fluctuations": "theory.activations theory.depth theory.maps theory.width",
     "theory.symbolic": "",
     "theory": "theory.batchnorm theory.limits theory.maps theory.depth theory.edge theory.width "
-    "theory.angles theory.symbolic",
+    "theory.angles theory.fluctuations theory.symbolic",
     # the wing for models
     "probing": "",
     "probing.findings": "",
@@ -107,6 +108,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.places probing.probe probing.removal probing.scales "
     "probing.trace",
     "probing.explanation": "probing.along probing.batches probing.causes probing.cures "
+    "probing.places "
     "probing.detectors probing.findings probing.models "
     "probing.probe probing.removal probing.report probing.rows "
     "probing.trace",

@@ -85,7 +85,6 @@ def figure(explanation: Any) -> Figure:
         upper.set(ylabel="v²/σ²", ylim=(None, 1.15))
         upper.set_yscale("log" if shown.fraction.min() < 0.02 else "linear")
         lower.set(ylabel="σ²", yscale="log")
-        made.tight_layout()
     return made
 
 

@@ -54,8 +54,7 @@ class Setter:
     def __init__(self, model: nn.Module, parts: Parts, mask: torch.Tensor | None) -> None:
         self.layers = weighted_layers(model)
         self._left, self._parts, self._mask = _left(model, self.layers), parts, mask
-        self._calls: Counter[str] = Counter()
-        self._set_as: dict[int, str] = {}  # storage of what was set, and the layer
+        self._calls, self._set_as = Counter[str](), dict[int, str]()  # by storage of what was set
         self._unset: dict[str, list[str]] = {}  # reasons that a warning names, and layers
         self.done: dict[str, str] = {}
         for name, layer in self.layers.items():
@@ -104,9 +103,7 @@ class Setter:
                 apart, dims = running.apart(made, name)
                 counted_y, mask = counted(apart, dims, self._mask)
             except MergedInputsError as error:
-                masked = isinstance(error, MaskError)
-                reason = "other positions than the mask" if masked else "inputs not apart"
-                self.done[row] = self.leave(name, reason)
+                self.done[row] = self.leave(name, _reason(error))
                 return None
             new = self._set(row, made, decompose(counted_y, *dims, mask=mask), held)
             if new is not None:
@@ -169,6 +166,11 @@ class Setter:
             self.leave(f"{name} units {some(map(str, places))}", "no variation over inputs")
         self.done[row] = done
         return again
+
+
+def _reason(error: MergedInputsError) -> str:
+    masked = isinstance(error, MaskError)
+    return "other positions than the mask" if masked else "inputs not apart"
 
 
 def unlike(after: pd.DataFrame, done: Mapping[str, str], parts: Parts) -> dict[str, str]:

@@ -83,10 +83,9 @@ class Trace(Graph):
             parents = tuple(dict.fromkeys(self._number[x] for x in made.given if x in self._number))
             if parents:
                 self._add(made, ops.Beyond(made.function), parents, running)
-        if y not in self._number:
+        if y not in self._number or module is None:
             return False
         node = self.nodes[self._number[y]]
-        assert module is not None
         if isinstance(count := getattr(module, "num_batches_tracked", None), torch.Tensor):
             node.extra["updates"] = float(count)
         if made.key[-1] == "[0]":
@@ -97,9 +96,7 @@ class Trace(Graph):
             node.operation, node.norm, node.parents = norm, True, parents[:1] or node.parents
             node.function = norm.kind
         weighted = is_weighted(module) and y.is_floating_point()
-        base = node
-        while base.view:
-            base = self.nodes[base.parents[0]]
+        base = _viewed(self, node)
         fresh = not base.rows or computes(module) or weighted
         if weighted or (fresh and computes(module)):
             node.place = row_name(str(made.key[0] if weighted else made.name), int(made.key[1]))
@@ -155,6 +152,12 @@ class Trace(Graph):
         """Forget the tensors."""
         self._number, self._held = WeakTensorKeyDictionary(), []
         return self
+
+
+def _viewed(graph: Graph, node: Node) -> Node:
+    while node.view:
+        node = graph.nodes[node.parents[0]]
+    return node
 
 
 def _measure(node: Node, made: Output, running: Pass, positions: str) -> None:

@@ -71,9 +71,8 @@ class Probe:
     """Probe a model inside a training loop, every few steps, on the batches that it trains on.
 
     A step is a call of the model with gradients on; calls under ``no_grad`` (evaluation) are not
-    counted. Between the steps that are measured the model runs as if nothing were there; a step
-    that is measured runs uncompiled. A step goes on whatever happens to its measurement; what has
-    no numbers, under ``torch.func`` or a compiler, has no row. Copies of the model do not measure.
+    counted. A step that is measured runs uncompiled, and goes on whatever happens to its
+    measurement; what has no numbers, under ``torch.func`` or a compiler, has no row.
 
     Args:
         model: The module that the loop calls, compiled or not.
@@ -86,15 +85,14 @@ class Probe:
         ValueError: If ``layers`` is None and there is no weighted layer.
 
     Warns:
-        UserWarning: If outputs have no row, ``log`` fails, or (on exit) nothing was measured.
+        UserWarning: If outputs have no row, ``log`` fails, or nothing was measured.
 
     Examples:
         >>> model = nn.Linear(8, 4)
         >>> with Probe(model, every=10) as probe:
-        ...     for step in range(21):
-        ...         _ = model(torch.ones(16, 8) * torch.arange(16)[:, None])
+        ...     outputs = [model(torch.eye(8)) for _ in range(21)]
         >>> probe.table.step.tolist(), probe.table.samples.tolist()
-        ([0, 10, 20], [16, 16, 16])
+        ([0, 10, 20], [8, 8, 8])
     """
 
     def __init__(
@@ -113,15 +111,12 @@ class Probe:
         self._layers = list(layers) if listed and layers is not None else layers
         self._rows = partial(Rows, self._layers, positions, maximum=maximum)
         self._rows()  # raises now if an argument is wrong
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if self._layers is None:
+        if self._layers is None or not isinstance(model, nn.Module):
             weighted_layers(model)
         self._reading = Reading(inputs).checked()
         if not (log is None or callable(log)):
             raise TypeError(f"log must be a function of step and values, got {type(log).__name__}")
-        self._model, self._steps, self._log = model, 0, log
-        self._frames: list[pd.DataFrame] = []
+        self._model, self._steps, self._log, self._frames = model, 0, log, list[pd.DataFrame]()
         self._missed: Counter[str] = Counter()  # why steps were not measured
         self._places: Places | None = None
         self._leading: int | None = None
@@ -168,14 +163,15 @@ class Probe:
             return
         inner = getattr(model, "_orig_mod", model)
         everything = self._layers is not None
+        modules = None if everything else watched(inner)
         if not self._frames and self._places is None:
-            self._places = Places.find(inner, batch, None if everything else watched(inner))
+            self._places = Places.find(inner, batch, modules)
         rows, stack = self._rows(), self._measuring
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         trace = Trace(inner, (args, kwargs), batch.samples) if everything else None
         running = Pass(inner, rows, batch.samples, None, self._places, trace)
-        watching = _Watch(inner, running.note, None if everything else watched(inner))
+        watching = _Watch(inner, running.note, modules)
         watching.failed = lambda error: self._missed.update([_failed("measure", step, error)])
         stack.enter_context(watching.watching())
         _at_the_end(model, stack, lambda *_: self._keep(step, rows))
@@ -190,10 +186,7 @@ class Probe:
         frame.insert(0, "step", step)
         self._frames.append(frame)
         if self._log is not None:
-            try:
-                self._log(step, _values(frame))
-            except Exception as error:
-                _failed("log", step, error)
+            _logged(self._log, step, frame)
 
 
 def _at_the_end(model: nn.Module, stack: ExitStack, keep: Callable[..., None]) -> None:
@@ -214,9 +207,13 @@ def _counted(model: nn.Module, batch: Batch, first: int | None) -> tuple[Batch, 
     return batch._replace(samples=held[0] if held else 0), first
 
 
-def _values(frame: pd.DataFrame) -> dict[str, float]:
+def _logged(log: Log, step: int, frame: pd.DataFrame) -> None:
     numbers = frame.set_index("name").select_dtypes("number").drop(columns=["step"])
-    return {f"{x}/{name}": float(y) for x in numbers for name, y in numbers[x].items()}
+    values = {f"{x}/{name}": float(y) for x in numbers for name, y in numbers[x].items()}
+    try:
+        log(step, values)
+    except Exception as error:
+        _failed("log", step, error)
 
 
 def _failed(what: str, step: int, error: Exception) -> str:

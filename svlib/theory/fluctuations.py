@@ -13,8 +13,8 @@ each,
 The part of u of one input is w_a, that of a pair d_ab. They come in by
 :math:`G=N\langle x_aw_a\rangle`, :math:`Y=N^2\langle x_ax_bu_{ab}\rangle`,
 :math:`D_2=N\langle d_{ab}^2\rangle`, :math:`W=N\langle w_a^2\rangle`, where x is the logarithm of a
-squared length less its mean over inputs. Derived in the appendix on the band; it was not found in
-the literature.
+squared length less its mean over inputs. The tests hold every part
+against a second witness; the law was not found in the literature.
 """
 
 from __future__ import annotations
