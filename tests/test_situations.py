@@ -45,8 +45,7 @@ def behind(change: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> C
 def attention(*hidden: int) -> Case:
     """One head over 16 positions of 64 units; hidden inputs have all positions masked."""
     mask = torch.zeros(40, 16, dtype=torch.bool)
-    mask[:, 12:] = True
-    mask[list(hidden)] = True
+    mask[:, 12:] = mask[list(hidden)] = True
 
     def forward(s: Any, x: torch.Tensor) -> Any:
         scores = s.q(x) @ s.k(x).transpose(1, 2) / 8
