@@ -115,7 +115,6 @@ def test_a_mask_that_leaves_some_positions() -> None:
     ],
     ids=["all masked", "behind a mask", "log", "overflow"],
 )
-@pytest.mark.xfail(strict=True, reason="only the first output that is not finite is looked at")
 @pytest.mark.filterwarnings("ignore:.*not finite")
 def test_an_output_that_is_not_finite(case: Callable[[], Case]) -> None:
     assert "not finite" in kinds(case())
@@ -125,7 +124,6 @@ def test_couplings_that_hold_their_scale() -> None:
     assert kinds(couplings(lambda x: torch.sigmoid(x + 2), 0.0)) == ["nothing found"]
 
 
-@pytest.mark.xfail(strict=True, reason="an explosion is said from 0.33 to less, before a sine")
 def test_sines_as_their_authors_set_them() -> None:
     assert kinds(sines(30)) == ["nothing found"]
 
@@ -135,7 +133,6 @@ def test_sines_whose_frequency_was_forgotten() -> None:
 
 
 @pytest.mark.parametrize("x", [255 * gaussian(100, 20), 255 * gaussian(100, 20) + 100])
-@pytest.mark.xfail(strict=True, reason="a loss of scale is said at the division of the input")
 def test_an_input_standardized_by_the_model(x: torch.Tensor) -> None:
     mean, deviation = x.mean(), x.std()
     assert kinds(behind(lambda x: (x - mean) / deviation, x)) == ["nothing found"]
@@ -145,14 +142,8 @@ def test_an_input_standardized_by_the_model(x: torch.Tensor) -> None:
     ("change", "x"),
     [
         (lambda x: x.double().float(), 255 * gaussian(100, 20)),
-        pytest.param(
-            lambda x: x.float(), (255 * gaussian(100, 20)).long(),
-            marks=pytest.mark.xfail(strict=True, reason="numbers that are cast are not measured"),
-        ),
-        pytest.param(
-            lambda x: x - 100, 255 * gaussian(100, 20),
-            marks=pytest.mark.xfail(strict=True, reason="nothing is found behind a constant"),
-        ),
+        (lambda x: x.float(), (255 * gaussian(100, 20)).long()),
+        (lambda x: x - 100, 255 * gaussian(100, 20)),
     ],
     ids=["cast", "whole numbers", "shifted"],
 )  # fmt: skip
@@ -169,11 +160,11 @@ def test_an_input_that_nobody_standardizes(change: Any, x: torch.Tensor) -> None
     ],
     ids=["weight norm", "pruned", "called by name"],
 )
-@pytest.mark.xfail(strict=True, raises=(KeyError, IndexError), reason="gates ends with an error")
 def test_recurrent_layers_with_other_weights(case: Callable[[], Case]) -> None:
     assert kinds(case()) == ["nothing found"]
 
 
+@pytest.mark.filterwarnings("ignore:.*called as modules")
 def test_attention_over_the_batch_for_want_of_batch_first() -> None:
     def taken(*, first: bool) -> Case:
         encoder = seeded(lambda: nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=first))

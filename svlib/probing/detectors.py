@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
+import torch
+
 from svlib.probing import operations as ops
 from svlib.probing.findings import (
     APART,
@@ -27,9 +30,12 @@ from svlib.probing.findings import (
     SIZE,
     Finding,
 )
+from svlib.probing.functions import SMOOTH
 from svlib.probing.graph import Graph, Node, gradient_steps
 from svlib.probing.places import Places
 from svlib.probing.scaling import parts_of, scale
+
+_MASKS = frozenset({"add", "masked_fill", "where"})
 
 
 def found(graph: Graph, places: Places | None = None) -> list[Finding]:
@@ -51,28 +57,32 @@ def _mixing(place: str) -> Finding:
 
 
 def _not_finite(graph: Graph) -> Iterator[Finding]:
-    bad = [node for node in graph.nodes if not node.finite]
-    for node in bad[:1]:
-        if node.weights or node.norm or graph.next(node.number) or node.is_output:
-            masked = node.function in ("add", "masked_fill", "where") and not node.weights
-            children = [graph.nodes[n] for n in graph.children[node.number]]
-            if masked and any(child.finite for child in children):
-                continue  # scores under a mask, before softmax
-            text = f"the output of {node.place!r} holds NaN or infinite entries."
-            yield Finding("not finite", node.place, text, math.nan, math.inf, number=node.number)
+    """The first output that is not finite and makes one that counts so; scores under a mask, which
+    softmax makes finite, do not."""
+    lasts: set[int] = set()
+    for node in reversed(graph.nodes):
+        behind = [n for n in graph.children[node.number] if n in lasts]
+        if not node.finite and (behind or node.weights or node.norm or node.is_output):
+            lasts.add(node.number)
+            if behind and node.function in _MASKS and not node.weights:
+                lasts.discard(node.number)  # what follows is named
+    for number in sorted(lasts)[:1]:
+        place = graph.nodes[number].place
+        text = f"the output of {place!r} holds NaN or infinite entries."
+        yield Finding("not finite", place, text, math.nan, math.inf, number=number)
 
 
 def _inputs(graph: Graph) -> Iterator[Finding]:
-    inputs = [node for node in graph.nodes if isinstance(node.operation, ops.Input)]
-    if inputs and not any(node.varies for node in inputs):
+    inputs = [(x, x.operation) for x in graph.nodes if isinstance(x.operation, ops.Input)]
+    if inputs and not any(node.varies for node, _ in inputs):
         text = "all inputs of the batch are equal, so nothing can vary over them."
-        yield Finding("inputs", inputs[0].place, text, 0.0, BEYOND_ALL)
-    for node in inputs:
-        padded = node.extra.get("padding", 0.0)
+        yield Finding("inputs", inputs[0][1].name, text, 0.0, BEYOND_ALL)
+    for node, operation in inputs:
+        padded, name = node.extra.get("padding", 0.0), operation.name
         if padded > PADDED:
-            text = f"{padded:.0%} of the positions of {node.place!r} look like padding, and count "
+            text = f"{padded:.0%} of the positions of {name!r} look like padding, and count "
             text += "as positions: give mask=, or inputs of one length."
-            yield Finding("inputs", node.place, text, padded, math.log10(padded / PADDED))
+            yield Finding("inputs", name, text, padded, math.log10(padded / PADDED))
         if "rms" not in node.extra or not _is_weighed(graph, node):
             continue
         extra = node.extra
@@ -86,9 +96,9 @@ def _inputs(graph: Graph) -> Iterator[Finding]:
         ]
         told = [words for ratio, words in sorted(beyond, reverse=True) if ratio > 1]
         if told:
-            text = f"the input {node.place!r} is not standardized: {', and '.join(told)}."
+            text = f"the input {name!r} is not standardized: {', and '.join(told)}."
             worst = max(beyond)[0]
-            yield Finding("inputs", node.place, text, worst, math.log10(worst), number=node.number)
+            yield Finding("inputs", name, text, worst, math.log10(worst), number=node.number)
 
 
 def _is_weighed(graph: Graph, node: Node) -> bool:
@@ -117,8 +127,8 @@ def _statistics(graph: Graph) -> Iterator[Finding]:
     )
     text += f"the batch has mean square {ratio:.2g} instead of 1"
     text += f" ({len(worst)} such)." if len(worst) > 1 else "."
-    untrained = node.extra.get("updates") == 0 and size < FOREIGN**4
-    if node.extra.get("updates") == 0:
+    untrained = node.extra.get("updates") == 0  # a network as it starts
+    if untrained:
         text += " It has never been trained."
     yield Finding("statistics", node.place, text, ratio, math.log10(size / FOREIGN), untrained,
                   number=node.number)  # fmt: skip
@@ -131,6 +141,7 @@ def _saturation(graph: Graph) -> Iterator[Finding]:
         ("saturated", SATURATED, "{!r} has {:.0%} of its outputs at its ends, where it is flat"),
     ):  # fmt: skip
         held = [n for n in graph.nodes if n.extra.get(name, 0.0) > limit and n.varies]
+        held = [n for n in held if not _opens_itself(graph, n)]
         if name == "sharpness":
             held = [n for n in held if graph.children[n.number] or n.function != "softmax"]
         if held:
@@ -150,9 +161,38 @@ def _saturation(graph: Graph) -> Iterator[Finding]:
                               math.log10(0.02 / max(ends, 1e-9)), number=node.number)  # fmt: skip
 
 
+def _opens_itself(graph: Graph, node: Node) -> bool:
+    """Whether a function is the gate of what it was computed from, as in GELU written out."""
+    own = set[int]()
+    for one in reversed(graph.upstream(node.number)[:-1]):
+        own.add(one.number)
+        if one.weights:
+            break
+    at = node
+    while len(graph.children[at.number]) == 1:
+        before, at = at, graph.nodes[graph.children[at.number][0]]
+        if at.function in ops.PRODUCTS and len(at.parents) > 1:
+            others = {n for p in at.parents if p != before.number for n in _ways_to(graph, p)}
+            return bool(others & own)
+        if len(at.parents) > 1 or at.weights:
+            break
+    return False
+
+
+def _ways_to(graph: Graph, number: int) -> set[int]:
+    """A node and those in front of it, back to the first weighted layer."""
+    found, open_ = set[int](), [number]
+    while open_:
+        at = graph.nodes[open_.pop()]
+        found.add(at.number)
+        open_ += () if at.weights else at.parents
+    return found
+
+
 def _dead(graph: Graph) -> Iterator[Finding]:
     held = [n for n in graph.nodes if n.extra.get("dead", 0.0) > DEAD and n.varies]
     held = [n for n in held if _signal_in(graph, n) > 0 and n.number not in graph.gates]
+    held = [n for n in held if n.extra["dead"] > DEAD + _missed(graph, n)]
     if not held:
         return
     node = max(held, key=lambda n: (n.extra["dead"], -n.number))
@@ -162,8 +202,21 @@ def _dead(graph: Graph) -> Iterator[Finding]:
         f"{share:.0%} of the units of {feed.place!r} pass nothing through {node.function} for any "
     )
     text += f"input{f' ({len(held)} such layers)' if len(held) > 1 else ''}."
-    decades = NOTHING_PASSES if share == 1 else math.log10(share / DEAD)
+    limit = DEAD + _missed(graph, node)
+    decades = NOTHING_PASSES if share == 1 else math.log10(share / limit)
     yield Finding("dead units", feed.place, text, share, decades, number=node.number)
+
+
+def _missed(graph: Graph, node: Node) -> float:
+    """Fraction of a rectifier's units that so few inputs leave dead and a hundred would not, if
+    preactivations are Gaussian with the measured m and v."""
+    values = graph.nodes[node.parents[0]].values
+    if values is None or values.samples >= 100 or node.function in SMOOTH or not values.v2 > 0:
+        return 0.0
+    z, weights = np.polynomial.hermite_e.hermegauss(60)
+    negative = 0.5 * (1 + torch.erf(torch.tensor(z * values.ratio / math.sqrt(2))).numpy())
+    few, many = ((negative**n) @ weights / weights.sum() for n in (values.samples, 100))
+    return float(few - many)
 
 
 def _signal_in(graph: Graph, node: Node) -> float:
@@ -241,6 +294,20 @@ def collapsed(node: Node) -> bool:
     return values.spread * (1 + math.sqrt(2 / (values.samples - 1))) < COLLAPSED
 
 
+def _starts_at_0(graph: Graph, node: Node) -> bool:
+    """Whether a node is in branches that end in 0 before they are added to anything."""
+    open_, seen = [*graph.children[node.number]], set[int]()
+    while open_:
+        at = graph.nodes[open_.pop()]
+        if at.number in seen or (at.values is not None and at.values.sigma2 == 0):
+            continue
+        if at.is_output or graph.is_sum(at):
+            return False
+        seen.add(at.number)
+        open_ += graph.children[at.number]
+    return True
+
+
 def _gradients(graph: Graph) -> Iterator[Finding]:
     held = [n for n in graph.judged if n.weights and not math.isnan(n.gradient2)]
     zero = [n for n in held if n.gradient2 == 0 and n.values is not None and n.values.sigma2 > 0]
@@ -248,9 +315,8 @@ def _gradients(graph: Graph) -> Iterator[Finding]:
     if any(n.gradient2 > 0 for n in held) and zero and not blocked:
         node = zero[-1]
         behind = [n for n in graph.next(node.number) if n.weights and n.values is not None]
-        silent = [n for n in behind if getattr(n.operation, "gain", 1.0) == 0]
-        if behind and len(silent) == len(behind):
-            pass  # a branch that starts at 0
+        if _starts_at_0(graph, node):
+            pass
         elif behind and all(n.values is not None and n.values.v2 <= 1e-12 for n in behind):
             text = (
                 f"100% of the units of {node.place!r} pass nothing on: no gradient comes back to "

@@ -127,15 +127,16 @@ def gates(module: nn.Module, given: Any, output: Any) -> dict[str, float]:
     """Means of the gates of an LSTM or GRU of one layer over inputs and steps, by name."""
     if not isinstance(module, nn.LSTM | nn.GRU) or module.num_layers > 1 or module.proj_size:
         return {}
-    x, held = given[0], dict(module.named_parameters())
+    args, kwargs = given
+    x = argument_of(args, kwargs, 0, "input")
     if not isinstance(x, torch.Tensor) or x.ndim != 3:
         return {}
     x = x if module.batch_first else x.transpose(0, 1)
     y = output[0] if module.batch_first else output[0].transpose(0, 1)
     hidden = torch.nn.functional.pad(y[:, :-1, : module.hidden_size], (0, 0, 1, 0))
-    parts = x @ held["weight_ih_l0"].mT + hidden @ held["weight_hh_l0"].mT
+    parts = x @ module.weight_ih_l0.mT + hidden @ module.weight_hh_l0.mT
     if module.bias:
-        parts = parts + held["bias_ih_l0"] + held["bias_hh_l0"]
+        parts = parts + module.bias_ih_l0 + module.bias_hh_l0
     names: tuple[str, ...] = ("input gate", "forget gate", "", "output gate")
     names = names if isinstance(module, nn.LSTM) else ("reset gate", "update gate", "")
     named = zip(names, parts.chunk(len(names), -1), strict=True)

@@ -12,7 +12,7 @@ DEAD = 0.25
 """Fraction of units that a rectifier lets nothing through of, for no input, that is reported."""
 SATURATED = 0.5
 """Fraction of an activation's outputs within 1 % of its ends that is reported."""
-SHARP = 0.9
+SHARP = 0.8
 """Mean largest weight of a softmax that is reported."""
 FOREIGN = 10.0
 """Mean square of a batch in units of BatchNorm's running statistics, or 1 over it."""

@@ -17,6 +17,7 @@ from svlib.probing import operations as ops
 from svlib.probing.functions import (
     ATTENTION,
     AVERAGES,
+    HALF_OPENING,
     MULTIPLYING,
     OPENING,
     PASSING,
@@ -173,10 +174,21 @@ class Graph:
 
 
 def gates_of(graph: Graph) -> frozenset[int]:
-    """Nodes whose every way on leads through a bounded or positive function to a product."""
-    ways: dict[tuple[int, bool], bool] = {}
+    """Nodes whose every way on leads through a bounded or positive function to a product.
 
-    def opens(number: int, bounded: bool) -> bool:
+    What leads through one that small entries pass (ReLU, SiLU, tanh) is the gate unless the other
+    factor comes through one that is bounded and positive.
+    """
+    ways: dict[tuple[int, int], bool] = {}
+
+    def opened(number: int) -> int:
+        """What the nearest function in front of a factor makes of it: 2 a gate, 1 half of one."""
+        node = graph.nodes[number]
+        while node.parents and node.function not in OPENING | HALF_OPENING | ops.WEIGHTED:
+            node = graph.nodes[node.parents[0]]
+        return 2 if node.function in OPENING else int(node.function in HALF_OPENING)
+
+    def opens(number: int, bounded: int) -> bool:
         if (number, bounded) in ways:
             return ways[number, bounded]
         ways[number, bounded] = False
@@ -188,13 +200,16 @@ def gates_of(graph: Graph) -> frozenset[int]:
                 found &= child.parents[-1] != number or len(child.parents) == 1
             elif child.function in MULTIPLYING and several:
                 scores = child.function in MULTIPLYING - ops.PRODUCTS
-                found &= bounded or (scores and opens(child.number, False))
+                others = [opened(p) for p in child.parents if p != number]
+                found &= bounded > min(1, max(others)) or (scores and opens(child.number, 0))
             elif child.function in ops.SUMS and not several:
-                found &= opens(child.number, True)  # 1 + x
+                found &= opens(child.number, 2)  # 1 + x
             elif child.function in OPENING:
-                found &= opens(child.number, True)
+                found &= opens(child.number, 2)
+            elif child.function in HALF_OPENING:
+                found &= opens(child.number, max(1, bounded))
             elif child.function in ops.WEIGHTED | POOLS:  # squeeze and excitation
-                found &= opens(child.number, False)
+                found &= opens(child.number, 0)
             elif child.function in PASSING | ops.PRODUCTS | ops.QUOTIENTS | ops.NORMS:
                 found &= opens(child.number, bounded)
             else:
@@ -202,7 +217,7 @@ def gates_of(graph: Graph) -> frozenset[int]:
         ways[number, bounded] = found
         return found
 
-    return frozenset(node.number for node in graph.nodes if opens(node.number, False))
+    return frozenset(node.number for node in graph.nodes if opens(node.number, 0))
 
 
 def _relative(node: Node) -> float:

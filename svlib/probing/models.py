@@ -71,12 +71,15 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = [mapped(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if _is_record(value):
+        changed = {key: mapped(function, getattr(value, key)) for key in _fields(value)}
+        value = copy.copy(value)
+        for key, item in changed.items():
+            setattr_ = type(value).__setattr__ if isinstance(value, Mapping) else object.__setattr__
+            setattr_(value, key, item)
+        return value
     if isinstance(value, Mapping):
         return {key: mapped(function, item) for key, item in value.items()}
-    if _is_record(value):
-        value = copy.copy(value)
-        for key in _fields(value):
-            object.__setattr__(value, key, mapped(function, getattr(value, key)))
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from svlib.probing import operations as ops
 from svlib.probing.findings import SCALE, Finding
-from svlib.probing.functions import BOUNDED
+from svlib.probing.functions import BOUNDED, ODD
 from svlib.probing.graph import Graph, Node
 
 
@@ -28,14 +28,14 @@ def parts_of(graph: Graph, node: Node, column: str, start: int = -1) -> dict[str
 
 def scale(graph: Graph) -> Iterator[Finding]:
     """The largest rise and the largest fall of sigma^2 that the network does not take away."""
-    factors: dict[int, tuple[float, int]] = {}
-    starts = _starts(graph)
-    for node in graph.judged:
-        start, size = starts[node.number], _effective(graph, node)
-        known = graph.nodes[start].values if start is not None else None
-        if known is not None and known.sigma2 > 0 and size > 0 and start is not None:
-            factors[node.number] = size / known.sigma2, start
     for kind, falling in (("explosion", False), ("loss of scale", True)):
+        factors: dict[int, tuple[float, int]] = {}
+        starts = _starts(graph, falling=falling)
+        for node in graph.judged:
+            start, size = starts[node.number], _size(_effective(graph, node))
+            known = _size(graph.nodes[start]) if start is not None else 0.0
+            if known > 0 and size > 0 and start is not None:
+                factors[node.number] = size / known, start
         beyond = {
             n: x
             for n, x in factors.items()
@@ -44,50 +44,55 @@ def scale(graph: Graph) -> Iterator[Finding]:
         if not beyond:
             continue
         number = max(beyond, key=lambda n: abs(math.log(beyond[n][0])))
-        node, (factor, start) = graph.nodes[number], beyond[number]
-        before, values = graph.nodes[start], node.values
-        assert values is not None
-        assert before.values is not None
+        (factor, start), place = beyond[number], graph.nodes[number].place
+        node, before = _effective(graph, graph.nodes[number]), graph.nodes[start]
         parts = parts_of(graph, node, "sigma2", start)
         sign = -1 if falling else 1
-        place = max(parts, key=lambda p: sign * parts[p], default=node.place)
-        text = f"σ² goes from {before.values.sigma2:.2g} at {before.place!r} to "
-        text += f"{values.sigma2:.2g} at {node.place!r} with no normalization between"
-        alone = sign * parts.get(place, 0.0) > 0.5 * abs(math.log(factor))
-        text += f", {math.exp(parts[place]):.2g} times at {place!r}." if alone else "."
+        steepest = max(parts, key=lambda p: sign * parts[p], default=place)
+        text = f"σ² goes from {_size(before):.2g} at {before.place!r} to "
+        text += f"{_size(node):.2g} at {place!r} with no normalization between"
+        alone = sign * parts.get(steepest, 0.0) > 0.5 * abs(math.log(factor))
+        text += f", {math.exp(parts[steepest]):.2g} times at {steepest!r}." if alone else "."
         size = 1 / factor if falling else factor
-        yield Finding(kind, place if alone else node.place, text, factor, math.log10(size / SCALE),
-                      parts=parts, number=number, start=start)  # fmt: skip
+        yield Finding(kind, steepest if alone else place, text, factor, math.log10(size / SCALE),
+                      parts=parts, number=node.number, start=start)  # fmt: skip
 
 
-def _starts(graph: Graph) -> list[int | None]:
-    """Where the scale of each node was set last: at an input, a norm or a bounded function."""
+def _starts(graph: Graph, *, falling: bool) -> list[int | None]:
+    """Where the scale of each node was set last: at an input, a norm or a bounded function, of
+    which those through 0 do not make good that their input is small."""
+    bounds = BOUNDED - ODD if falling else BOUNDED
     found: list[int | None] = []
     for node in graph.nodes:
-        sets = node.norm or node.function in BOUNDED or isinstance(node.operation, ops.Input)
+        sets = node.norm or node.function in bounds or isinstance(node.operation, ops.Input)
         if sets and node.values is not None:
             found.append(node.number)
             continue
         known = [n for p in node.parents if graph.nodes[p].varies and (n := found[p]) is not None]
-        sizes = [(v.sigma2 if (v := graph.nodes[n].values) else 0.0, n) for n in known]
+        sizes = [(_size(graph.nodes[n]), n) for n in known]
         first = node.number if node.values is not None and graph.is_judged(node.number) else None
         found.append(max(sizes)[1] if sizes else first)
     return found
 
 
-def _effective(graph: Graph, node: Node) -> float:
-    """sigma^2 behind the constants that multiply an output next."""
+def _effective(graph: Graph, node: Node) -> Node:
+    """The node behind the constants that multiply an output next."""
     while len(graph.children[node.number]) == 1:
         child = graph.nodes[graph.children[node.number][0]]
         if child.values is None or not isinstance(child.operation, ops.Affine | ops.Move):
             break
         node = child
+    return node
+
+
+def _size(node: Node) -> float:
     return 0.0 if node.values is None else node.values.sigma2
 
 
 def _matters(graph: Graph, number: int, falling: bool) -> bool:
     """Whether a scale reaches an output."""
     seen: dict[int, bool] = {}
+    bounds = BOUNDED - ODD if falling else BOUNDED
 
     def reaches(at: int) -> bool:
         if at not in seen:
@@ -98,14 +103,13 @@ def _matters(graph: Graph, number: int, falling: bool) -> bool:
         return seen[at]
 
     def passes(child: Node, at: int) -> bool:
-        values, before = child.values, _effective(graph, graph.nodes[at])
-        assert values is not None
+        size, before = _size(child), _size(_effective(graph, graph.nodes[at]))
         if child.norm:  # unless what it gets is below its eps
             gamma2 = getattr(child.operation, "gamma2", 0.0)
-            return falling and values.sigma2 < 0.1 * gamma2
-        if falling and graph.is_sum(child) and values.sigma2 > 2 * before:
+            return falling and size < 0.1 * gamma2
+        if falling and graph.is_sum(child) and size > 2 * before:
             return False
-        if any(n.function in BOUNDED for n in _between(graph, at, child)):
+        if any(n.function in bounds for n in _between(graph, at, child)):
             return False
         return reaches(child.number)
 

@@ -89,7 +89,7 @@ class Trace(Graph):
         if isinstance(count := getattr(module, "num_batches_tracked", None), torch.Tensor):
             node.extra["updates"] = float(count)
         if made.key[-1] == "[0]":
-            node.extra |= gates(module, made.call[0], (y,))
+            node.extra |= gates(module, made.call, (y,))
         norm = None if node.function in ops.NORMS else ops.norm_of(module)
         if norm is not None:
             parents = tuple(self._number[x] for x in made.given if x in self._number)
@@ -127,13 +127,18 @@ class Trace(Graph):
             node.constants = {name: ops.mean_square(x) for name, x in held if name is not None}
         self._number[made.y] = node.number
         self.nodes.append(node)
+        seen = self.nodes[parents[0]]
         if made.computed or made.function not in ops.MOVES:
             _measure(node, made, running, self._positions)
         else:
-            node.values, node.view = self.nodes[parents[0]].values, True
+            node.values, node.finite, node.view = seen.values, seen.finite, True
+        alike = isinstance(operation, ops.Affine | ops.Move) and made.y.shape == seen.shape
+        if isinstance(seen.operation, ops.Input) and alike and not node.norm:
+            node.operation = seen.operation  # an input that the model standardizes
+            _describe(node, made.y, self._samples, self._positions)
         if has_numbers(made.y):
             with suppress(RuntimeError, TypeError, ValueError, IndexError):  # of odd arguments
-                node.extra |= extras(made, node.values, self.nodes[parents[0]].values)
+                node.extra |= extras(made, node.values, seen.values)
         return node
 
     def name_row(self, y: torch.Tensor, row: str) -> None:
@@ -209,14 +214,16 @@ def _input(
     node.origins, node.shape = frozenset({-1 - number}), tuple(x.shape)
     if varies and holds and not masked:
         node.extra["padding"] = padding(x)
-    if holds and samples > 1 and x.is_floating_point() and bool(x.isfinite().all()):
-        _describe(node, x.detach(), positions)
+    _describe(node, x, samples, positions)
     return node
 
 
-def _describe(node: Node, x: torch.Tensor, positions: str) -> None:
+def _describe(node: Node, x: torch.Tensor, samples: int, positions: str) -> None:
     """Measure an input: its values, its size, and how far its columns or channels are off 0."""
-    x = x[:, None] if x.ndim == 1 else x
+    known = x.is_floating_point() and x.layout is torch.strided and has_numbers(x)
+    if not (known and x.ndim and len(x) == samples > 1 and bool(x.isfinite().all())):
+        return
+    x = x.detach()[:, None] if x.ndim == 1 else x.detach()
     unit = 1 if x.ndim > 3 else x.ndim - 1
     dims = 0, unit, tuple(dim for dim in range(1, x.ndim) if dim != unit)
     node.values, node.unit = Row("input", x, dims, positions).update(x, dims).values(), unit
