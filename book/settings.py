@@ -52,7 +52,10 @@ def runs() -> dict[str, tuple[dict[str, Any], int]]:
         add("from-zero", "total", rate, 5_000, 0, centred=False)
     for kind in ("sample", "batchnorm"):
         add("from-zero", kind, 0.002, 5_000, 0, centred=False)
-    for rate in (0.001, 0.0008):  # total init read 1.32 at 0.002, 1.42 at 0.001
+    for rate in (
+        0.001,
+        0.0008,
+    ):  # total init read 1.32 at 0.002, 1.42 at 0.001
         for kind in ("total", "sample", "batchnorm"):
             add("from-zero", kind, rate, 5_000, 0, centred=False)
     # 2. constant rates at full length: the missing cells

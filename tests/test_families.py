@@ -100,7 +100,7 @@ def test_only_true_alarms(name: str) -> None:
 
 def test_a_dead_mlp_is_named_among_many_rows() -> None:
     model, batch = made("gpt2")
-    model.get_submodule("h.1.mlp.c_fc").bias.data.fill_(-10.0)
+    torch.nn.init.constant_(model.get_parameter("h.1.mlp.c_fc.bias"), -10.0)
     explanation = sv.explain(model, batch)
     kinds = {x.kind: x.text for x in explanation.findings if not x.note}
     assert "h.1.mlp.c_fc" in kinds.get("dead units", ""), explanation

@@ -88,11 +88,11 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.trace": "probing.extras probing.forward probing.functions "
     "probing.graph probing.models probing.operations "
     "probing.passes probing.places probing.rows",
-    "probing.detectors": "probing.findings probing.graph probing.operations "
+    "probing.detectors": "probing.findings probing.functions probing.graph probing.operations "
     "probing.places probing.scaling",
     "probing.probe": "probing.batches probing.forward probing.models "
     "probing.places probing.rows probing.trace",
-    "probing.removal": "probing.batches probing.forward probing.functions "
+    "probing.removal": "probing.batches probing.extras probing.forward probing.functions "
     "probing.graph probing.models probing.operations "
     "probing.passes probing.places probing.replacing probing.rows",
     "probing.watch": "probing.batches probing.forward probing.models "
@@ -103,7 +103,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.init": "probing.batches probing.forward probing.models "
     "probing.passes probing.places probing.probe probing.rows "
     "probing.setter",
-    "probing.cures": "probing.batches probing.detectors probing.findings "
+    "probing.cures": "probing.batches probing.detectors probing.findings probing.functions "
     "probing.graph probing.init probing.models probing.operations "
     "probing.places probing.probe probing.removal probing.scales "
     "probing.trace",

@@ -11,9 +11,8 @@ from svlib.probing import findings as d
 from svlib.probing.findings import Finding
 from svlib.probing.graph import Graph, Node
 from svlib.probing.passes import Key
-from svlib.probing.removal import Trial, present
+from svlib.probing.removal import Measured, Trial, present
 from svlib.probing.replacing import Removed
-from svlib.probing.rows import Values
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def causes(
     trial: Trial,
     number: int,
     targets: Mapping[str, Node],
-    value: Callable[[dict[str, Values]], float],
+    value: Callable[[dict[str, Measured]], float],
     sound: Callable[[float], bool],
     better: Callable[[float, float], float],
     suspects: Callable[[str], bool] = lambda kind: True,
@@ -76,7 +75,7 @@ def _alone(
     removed: Removed,
     kind: str,
     nodes: list[Node],
-    value: Callable[[dict[str, Values]], float],
+    value: Callable[[dict[str, Measured]], float],
     better: Callable[[float, float], float],
     now: float,
     gain: float,
@@ -141,8 +140,8 @@ def explained(trial: Trial, finding: Finding) -> Finding:
     if finding.kind == "collapse":
         column = "fraction" if node.values and node.values.fraction < d.COLLAPSED else "spread"
 
-        def value(at: dict[str, Values]) -> float:
-            return float(getattr(at["row"], column))
+        def value(at: dict[str, Measured]) -> float:
+            return float(getattr(at["row"].values, column))
 
         sound, better = (lambda x: x >= d.COLLAPSED), log
     elif finding.kind in ("explosion", "loss of scale"):
@@ -151,27 +150,35 @@ def explained(trial: Trial, finding: Finding) -> Finding:
         if start.key and start is not node:
             targets["start"] = start
 
-        def value(at: dict[str, Values]) -> float:
-            return at["row"].sigma2 / max(at["start"].sigma2 if "start" in at else fixed, 1e-300)
+        def value(at: dict[str, Measured]) -> float:
+            return at["row"].values.sigma2 / max(
+                at["start"].values.sigma2 if "start" in at else fixed, 1e-300
+            )
 
         sound = lambda x: 1 / d.SCALE < x < d.SCALE  # noqa: E731
         better = lambda new, old: abs(log(old, 1.0)) - abs(log(new, 1.0))  # noqa: E731
         suspects = lambda kind: not kind.startswith("input") or bool(start.key)  # noqa: E731
-    elif finding.kind in ("dead units", "saturation"):
+    elif finding.kind == "saturation":
+        share, limit = next(
+            ((x, y) for x, y in (("sharpness", d.SHARP), ("saturated", d.SATURATED))
+             if node.extra.get(x, 0.0) > y),
+            ("", 0.0),
+        )  # fmt: skip
+        if not share:  # of gates inside a module
+            return finding
+        value = lambda at: at["row"].extra[share]  # noqa: E731
+        sound, better = (lambda x: x <= limit), (lambda new, old: log(1 - new, 1 - old))
+        suspects = lambda kind: kind not in ("activations", "averages")  # noqa: E731
+    elif finding.kind == "dead units":
         smooth = node.function in ("gelu", "silu", "mish", "hardswish")
-        dead = finding.kind == "dead units"
-        if smooth or not dead:
+        sound, better = (lambda x: x <= d.DEAD), (lambda new, old: log(old + 0.01, new + 0.01))
+        if "dead" not in node.extra:  # what is behind does not vary
+            value, sound = (lambda at: float(at["row"].values.v2 <= 1e-12)), (lambda x: x == 0)
+        elif smooth:
             targets = {"row": trace.nodes[node.parents[0]]}
-        if dead and "dead" not in node.extra:  # what is behind does not vary
-            targets = {"row": node}
-            value = lambda at: float(at["row"].v2 <= 1e-12)  # noqa: E731
-            sound, better = (lambda x: x == 0), (lambda new, old: log(old + 0.01, new + 0.01))
-        elif dead:
-            value = lambda at: at["row"].deep if smooth else at["row"].dead  # noqa: E731
-            sound, better = (lambda x: x <= d.DEAD), (lambda new, old: log(old + 0.01, new + 0.01))
+            value = lambda at: at["row"].values.deep  # noqa: E731
         else:
-            value, sound = (lambda at: at["row"].sigma2), (lambda x: x < 4)
-            better = lambda new, old: log(old, new)  # noqa: E731
+            value = lambda at: at["row"].values.dead  # noqa: E731
         suspects = lambda kind: kind not in ("activations", "averages")  # noqa: E731
         if not targets["row"].key:
             return finding
@@ -190,7 +197,8 @@ def _told(trace: Graph, finding: Finding, node: Node, found: list[Cause]) -> Fin
     # a head that starts with a prior for its bias
     head = finding.kind == "collapse" and not trace.next(number) and node.number == first_low(trace)
     note = head and first.kind == "biases" and first.node is node
-    return replace(finding, cause=first.noun, removed=words, place=place, note=note)
+    return replace(finding, cause=first.noun, removed=words, place=place, note=note,
+                   suspects=tuple(cause.kind for cause in found))  # fmt: skip
 
 
 def first_low(trace: Graph) -> int:

@@ -24,6 +24,7 @@ from svlib.probing import operations as ops
 from svlib.probing.batches import Batch
 from svlib.probing.detectors import found
 from svlib.probing.findings import Finding
+from svlib.probing.functions import MULTIPLYING
 from svlib.probing.graph import gradient_steps
 from svlib.probing.models import structural_copy, weighted_layers
 from svlib.probing.places import Places
@@ -33,15 +34,19 @@ from svlib.probing.trace import Trace
 
 Loss = Callable[[Any], torch.Tensor]  # of an output
 STEPS, RATE = 50, 1e-3
+INITS = ("total init", "sample init")
+_ROUNDING = 1e-5  # v^2/sigma^2 at which v is made of rounding errors
 _PART = 8  # inputs that gradients are measured on
 
 
 class Cure(NamedTuple):
-    """A change of model or batch: its name, the code that makes it, and how it is made here."""
+    """A change of model or batch: its name, the code that makes it, how it is made here, and the
+    suspects (:mod:`svlib.probing.removal`) that it acts on."""
 
     name: str
     code: str
     apply: Callable[[nn.Module, Batch], Batch]
+    against: str = ""
 
 
 @contextmanager
@@ -92,7 +97,7 @@ def _biases(names: Sequence[str] | None) -> Cure:
     if names is not None:
         code = "; ".join(f"model.get_submodule({n!r}).bias.data.zero_()" for n in names)
     what = "biases" if names is None else f"biases of {', '.join(map(repr, names))}"
-    return Cure(f"{what} 0", code, _changed(change))
+    return Cure(f"{what} 0", code, _changed(change), "biases")
 
 
 def _statistics(model: nn.Module, batch: Batch) -> Batch:
@@ -128,36 +133,15 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
     layers = weighted_layers(model)
     kinds = {finding.kind for finding in findings}
     causes = " ".join(finding.cause for finding in findings)
-    gains = {
-        name: node.operation.gain
-        for node in trace.nodes
-        if isinstance(node.operation, ops.Weights) and (name := _layer(trace, node, layers))
-    }
-    right = 2.0 if any(node.function == "relu" for node in trace.nodes) else 1.0
-    off = {n: math.sqrt(right / g) for n, g in gains.items() if g > 0 and not 0.7 < g / right < 1.4}
-    if off:
-        for place in {finding.place for finding in findings} & off.keys():
-            one = {place: off[place]}
-            yield Cure(f"weights of {place!r} at He's rule", _scaling(one), _weights(one))
-        code = (
-            _scaling(off) if len(off) < 6 else "for layer in model.modules():\n    if isinstance("
-        )
-        if len(off) >= 6:
-            code += "layer, (nn.Linear, nn.Conv2d)): nn.init.kaiming_normal_(layer.weight, "
-            code += "nonlinearity='relu')"
-        yield Cure("weights at He's rule", code, _weights(off))
-    if any(isinstance(n.operation, ops.Weights) and n.operation.bias.square for n in trace.nodes):
-        named = list(dict.fromkeys(f.place for f in findings if f.place in layers))
-        if "bias" in causes and named:
-            yield _biases(named)
-        yield _biases(None)
+    yield from _of_layers(trace, layers, findings)
     if "inputs" in kinds or "inputs" in causes:
         code = "x = (x - x.mean(0)) / x.std(0)  # column by column, or channel by channel"
         yield Cure("inputs standardized", code, lambda model, batch: batch.replaced(
-            lambda x: removal.standardized(x, batch.samples)))  # fmt: skip
+            lambda x: removal.standardized(x, batch.samples)),
+            "input mean, input scale")  # fmt: skip
     if any("statistics" in node.extra for node in trace.nodes):
         code = "model.train(); model(batch); model.eval()  # with momentum=None, over the data"
-        yield Cure("BatchNorm's statistics from data", code, _statistics)
+        yield Cure("BatchNorm's statistics from data", code, _statistics, "statistics")
     if constants := _constants(trace):
         names = {n: r for n, r in constants.items() if r < 0.5}
         code = "; ".join(f"model.get_parameter({n!r}).data.mul_({r:.2g})" for n, r in names.items())
@@ -167,11 +151,16 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
                 model.get_parameter(name).data.mul_(ratio)
 
         if names:
-            yield Cure("constants at the size of the signal", code, _changed(shrink))
+            yield Cure(
+                "constants at the size of the signal",
+                code,
+                _changed(shrink),
+                "constants",
+            )
     ends = _branch_ends(trace, layers)
     if len(ends) > 1:
         factors = dict.fromkeys(ends, len(ends) ** -0.5)
-        yield Cure("branches multiplied by 1/√L", _scaling(factors), _weights(factors))
+        yield Cure("branches multiplied by 1/√L", _scaling(factors), _weights(factors), "sums")
     if sharp := _in_front_of_softmax(trace, layers):
         yield Cure("smaller weights in front of softmax", _scaling(sharp), _weights(sharp))
     if any(gate.endswith(" gate") for node in trace.nodes for gate in node.extra):
@@ -180,9 +169,45 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
         )
         yield Cure("biases of gates 0", code, _changed(_recurrent))
     if "dropout" in causes:
-        yield Cure("no dropout", "model.eval()  # or a smaller p", _changed(_undropped))
-    yield Cure("total init", "sv.init.total_(model, batch)", _initialized(init.total_))
-    yield Cure("sample init", "sv.init.sample_(model, batch)", _initialized(init.sample_))
+        yield Cure(
+            "no dropout",
+            "model.eval()  # or a smaller p",
+            _changed(_undropped),
+            "dropout",
+        )
+    yield Cure(INITS[0], "sv.init.total_(model, batch)", _initialized(init.total_))
+    told = [n.values.fraction for n in trace.judged if n.values is not None]
+    if min(told, default=1.0) > _ROUNDING:  # it divides by v
+        yield Cure(INITS[1], "sv.init.sample_(model, batch)", _initialized(init.sample_))
+
+
+def _of_layers(trace: Trace, layers: Any, findings: Sequence[Finding]) -> Iterator[Cure]:
+    """Other sizes of weights, and no biases."""
+    causes = " ".join(finding.cause for finding in findings)
+    gains = {
+        name: node.operation.gain
+        for node in trace.nodes
+        if isinstance(node.operation, ops.Weights) and (name := _layer(trace, node, layers))
+    }
+    right = 2.0 if any(node.function == "relu" for node in trace.nodes) else 1.0
+    off = {n: math.sqrt(right / g) for n, g in gains.items() if g > 0 and not 0.7 < g / right < 1.4}
+    if off:
+        size = "weights"
+        for place in {finding.place for finding in findings} & off.keys():
+            one = {place: off[place]}
+            yield Cure(f"weights of {place!r} at He's rule", _scaling(one), _weights(one), size)
+        code = (
+            _scaling(off) if len(off) < 6 else "for layer in model.modules():\n    if isinstance("
+        )
+        if len(off) >= 6:
+            code += "layer, (nn.Linear, nn.Conv2d)): nn.init.kaiming_normal_(layer.weight, "
+            code += "nonlinearity='relu')"
+        yield Cure("weights at He's rule", code, _weights(off), size)
+    if any(isinstance(n.operation, ops.Weights) and n.operation.bias.square for n in trace.nodes):
+        named = list(dict.fromkeys(f.place for f in findings if f.place in layers))
+        if "bias" in causes and named:
+            yield _biases(named)
+        yield _biases(None)
 
 
 def _initialized(initialize: Callable[..., Any]) -> Callable[[nn.Module, Batch], Batch]:
@@ -229,7 +254,8 @@ def _in_front_of_softmax(trace: Trace, layers: Any) -> dict[str, float]:
     factors: dict[str, float] = {}
     for node in trace.nodes:
         if node.extra.get("sharpness", 0.0) > 0.5 and node.parents:
-            scores = trace.nodes[node.parents[0]].values
+            way = [n for n in trace.way(node.number) if n.function in MULTIPLYING and n is not node]
+            scores = way[-1].values if way else None  # not of a mask that is added
             size = 9.0 if scores is None or not scores.sigma2 > 1 else scores.sigma2
             for one in trace.upstream(node.number):
                 name = str(one.key[0]) if one.key else ""
@@ -277,6 +303,7 @@ def tried(
                 "gradients": math.exp(min(700.0, sum(gradient_steps(new).values()))),
                 "decades": decades,
                 **({} if loss is None else {"loss": ended}),
+                "against": cure.against,
                 "code": cure.code,
             }
         )

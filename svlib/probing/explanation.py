@@ -230,6 +230,10 @@ def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]
         return replace(finding, cure=_price(finding, table, after, mine))
     near = good[good[by] <= (1.1 * good[by].min() if by == "loss" else good[by].min() + 0.3)]
     best = near.iloc[0]  # those that change least come first
+    own = [n for n in good.index if best.name in cures.INITS and by == "decades"]
+    own = [n for n in own if {*good.against[n].split(", ")} & {*finding.suspects[:1]}]
+    if own and mine(str(own[0])) < mine("nothing") / 2:  # the cause before all weights
+        best = good.loc[own[0]]
     told = f"v²/σ² {before['at the output']:.2g} → {best['at the output']:.2g} at the output, "
     told += f"range of σ² {before['range of σ²']:.1g} → {best['range of σ²']:.1g}, "
     told += f"gradients {before.gradients:.1g} → {best.gradients:.1g}"

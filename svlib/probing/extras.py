@@ -4,6 +4,7 @@ are at their ends, how foreign BatchNorm's running statistics are, what a rectif
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -134,9 +135,10 @@ def gates(module: nn.Module, given: Any, output: Any) -> dict[str, float]:
     x = x if module.batch_first else x.transpose(0, 1)
     y = output[0] if module.batch_first else output[0].transpose(0, 1)
     hidden = torch.nn.functional.pad(y[:, :-1, : module.hidden_size], (0, 0, 1, 0))
-    parts = x @ module.weight_ih_l0.mT + hidden @ module.weight_hh_l0.mT
+    held: Callable[[str], torch.Tensor] = partial(getattr, module)  # parameters, or made of some
+    parts = x @ held("weight_ih_l0").mT + hidden @ held("weight_hh_l0").mT
     if module.bias:
-        parts = parts + module.bias_ih_l0 + module.bias_hh_l0
+        parts = parts + held("bias_ih_l0") + held("bias_hh_l0")
     names: tuple[str, ...] = ("input gate", "forget gate", "", "output gate")
     names = names if isinstance(module, nn.LSTM) else ("reset gate", "update gate", "")
     named = zip(names, parts.chunk(len(names), -1), strict=True)

@@ -47,6 +47,7 @@ class Finding:
         note: Whether it seldom hurts.
         cause: What removing helped most, in words.
         removed: The number with suspects taken away, one after the other, by words.
+        suspects: What was removed, by kind, in that order.
         cure: Code that was tried and made it better.
         parts: Change of the logarithm of v^2/sigma^2 (or sigma^2) by place along the way; they add
             up to that of the text.
@@ -61,6 +62,7 @@ class Finding:
     cause: str = ""
     removed: dict[str, float] = field(default_factory=dict)
     cure: str = ""
+    suspects: tuple[str, ...] = ()
     parts: dict[str, float] = field(default_factory=dict)
     number: int = -1  # of the node at which causes are looked for
     start: int = -1

@@ -42,6 +42,7 @@ class Pass:
     """One forward pass whose outputs go to rows.
 
     Attributes:
+        samples: Number of inputs in the batch.
         guesses: Where sizes alone did not tell where the inputs lie, and nothing else did.
 
     Args:
@@ -62,7 +63,7 @@ class Pass:
         places: Places | None = None,
         trace: Observer | None = None,
     ) -> None:
-        self._model, self._rows, self._samples, self.mask = model, rows, samples, mask
+        self._model, self._rows, self.samples, self.mask = model, rows, samples, mask
         self._places, self._trace = places, trace
         self.modules = dict(named_modules(model))
         self._units: dict[torch.Size, int] = {}  # unit dimension of the latest, by shape
@@ -120,7 +121,7 @@ class Pass:
 
     def place(self, made: Output) -> Place | None:
         """Where the inputs lie in an output."""
-        y, samples = made.y, self._samples
+        y, samples = made.y, self.samples
         if self._places is not None:
             return self._places.of(made.key, y.shape, samples)
         place = Place(0) if y.shape[:1] == (samples,) else None
@@ -139,7 +140,7 @@ class Pass:
             raise UnreadError("are complex")
         if not has_numbers(y):
             raise UnreadError("were made where no numbers can be read (torch.func, a compiler)")
-        place, samples = self.place(made), self._samples
+        place, samples = self.place(made), self.samples
         size = samples if place is None else y.shape[place.dim]
         axis = 0 if place is None else place.dim
         axis, unit, positions = dimensions(

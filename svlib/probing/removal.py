@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from svlib.probing import operations as ops
 from svlib.probing.batches import Batch
+from svlib.probing.extras import extras
 from svlib.probing.forward import Pass
 from svlib.probing.functions import ACTIVATIONS, AVERAGES
 from svlib.probing.graph import Graph, Node
@@ -26,7 +28,14 @@ from svlib.probing.replacing import JOINS, Removed, Replacing
 from svlib.probing.rows import Row, Rows, Values
 
 
-class _Measured(Exception):  # noqa: N818, ends a pass early
+class Measured(NamedTuple):
+    """What was measured of an output: its values, and shares such as how far it is saturated."""
+
+    values: Values
+    extra: Mapping[str, float]
+
+
+class _End(Exception):  # noqa: N818, ends a pass early
     pass
 
 
@@ -40,10 +49,10 @@ class Trial:
     places: Places | None
     positions: str
 
-    def measure(self, targets: Mapping[str, Node], removed: Removed) -> dict[str, Values] | None:
+    def measure(self, targets: Mapping[str, Node], removed: Removed) -> dict[str, Measured] | None:
         """Values at nodes with suspects taken away; ``None`` if the model then fails."""
         keys = {node.key: name for name, node in targets.items()}
-        found: dict[str, Values] = {}
+        found: dict[str, Measured] = {}
         with structural_copy(self.model) as copied:
             batch = _inputs_changed(self.batch.copied(copied), removed)
             running = Pass(
@@ -55,15 +64,16 @@ class Trial:
                 if (name := keys.get(made.key)) is not None:
                     y, dims = running.apart(made, targets[name].place)
                     row = Row("", y, dims, self.positions, directions=True)
-                    found[name] = row.update(y, dims, batch.mask).values()
+                    values = row.update(y, dims, batch.mask).values()
+                    found[name] = Measured(values, extras(made, values, None))
                     if len(found) == len(keys):
-                        raise _Measured
+                        raise _End
 
             watch = Watch(copied, note, None, Replacing(self.trace, removed))
             try:
                 with watch.watching():
                     batch.run(copied)
-            except _Measured:
+            except _End:
                 return found
             except Exception:  # what is left is no network
                 return None

@@ -181,7 +181,9 @@ def _is_constant(x: Any) -> bool:
 
 
 def _without(x: Any, size: float) -> Any:
-    """0 in place of a constant; small numbers that keep a divisor from 0 stay."""
+    """0 in place of a constant; masks, and small numbers that keep a divisor from 0, stay."""
     if isinstance(x, torch.Tensor):
+        if x.is_floating_point() and x.numel() and bool((x < -1e3).any() & (x == 0).any()):
+            return x
         return torch.zeros_like(x) if _is_constant(x) or x.ndim < 2 else x
     return 0.0 if isinstance(x, Real) and abs(float(x)) > 0.3 * size else x

@@ -48,7 +48,7 @@ class Trace(Graph):
         self._number = WeakTensorKeyDictionary()
         self._counts: Counter[str] = Counter()
         self._held: list[torch.Tensor] = []  # weights: an address may not be used again
-        self._positions, self._samples = positions, samples
+        self._positions = positions
         with torch._C.DisableTorchFunction():  # other modes must not see what follows
             modules = dict(named_modules(model))
             self._parameters = {storage(x): name for name, x in model.named_parameters()}
@@ -128,17 +128,7 @@ class Trace(Graph):
         self._number[made.y] = node.number
         self.nodes.append(node)
         seen = self.nodes[parents[0]]
-        if made.computed or made.function not in ops.MOVES:
-            _measure(node, made, running, self._positions)
-        else:
-            node.values, node.finite, node.view = seen.values, seen.finite, True
-        alike = isinstance(operation, ops.Affine | ops.Move) and made.y.shape == seen.shape
-        if isinstance(seen.operation, ops.Input) and alike and not node.norm:
-            node.operation = seen.operation  # an input that the model standardizes
-            _describe(node, made.y, self._samples, self._positions)
-        if has_numbers(made.y):
-            with suppress(RuntimeError, TypeError, ValueError, IndexError):  # of odd arguments
-                node.extra |= extras(made, node.values, seen.values)
+        _fill(node, seen, made, running, self._positions)
         return node
 
     def name_row(self, y: torch.Tensor, row: str) -> None:
@@ -163,6 +153,21 @@ def _viewed(graph: Graph, node: Node) -> Node:
     while node.view:
         node = graph.nodes[node.parents[0]]
     return node
+
+
+def _fill(node: Node, seen: Node, made: Output, running: Pass, positions: str) -> None:
+    """Measure an output whose first signal is that of another node."""
+    if made.computed or made.function not in ops.MOVES:
+        _measure(node, made, running, positions)
+    else:
+        node.values, node.finite, node.view = seen.values, seen.finite, True
+    alike = isinstance(node.operation, ops.Affine | ops.Move) and made.y.shape == seen.shape
+    if isinstance(seen.operation, ops.Input) and alike and not node.norm:
+        node.operation = seen.operation  # an input that the model standardizes
+        _describe(node, made.y, running.samples, positions)
+    if has_numbers(made.y):
+        with suppress(RuntimeError, TypeError, ValueError, IndexError):  # of odd arguments
+            node.extra |= extras(made, node.values, seen.values)
 
 
 def _measure(node: Node, made: Output, running: Pass, positions: str) -> None:
