@@ -264,18 +264,17 @@ def layer_variant() -> dict[str, float]:
     return found
 
 
-def claimed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """The last moments of :func:`ratios` by the names of the claims.
-
-    As an error stands a quarter of the 95 % interval: three seeds are few, and two
-    standard errors would claim too much.
-    """
-    found = {}
+def claimed(table: pd.DataFrame) -> dict[str, tuple[float, ...]]:
+    """The last moments of :func:`ratios`, three seeds each, by the names of the claims."""
+    found: dict[str, tuple[float, ...]] = {}
     for row in table.itertuples():
         if row.iteration == MOMENTS[str(row.task)][-1]:
             name = f"{row.task}_long_{row.above}_{row.below}"
-            half = (float(str(row.high)) - float(str(row.low))) / 2
-            found[name] = (float(str(row.ratio)), half / 2)
+            found[name] = (
+                float(str(row.ratio)),
+                float(str(row.error)),
+                3,
+            )
             found[f"{name}_size"] = found[name]
     last = sixteen()
     found["micrographs_sixteen"] = (
@@ -340,28 +339,6 @@ def far_lines() -> list[tuple[str, ...]]:
             name = "CIFAR-10" if task == "cifar10" else task
             lines.append((name, f"{moment:,}", *cells))
     return lines
-
-
-def at_one_rate(moment: int) -> pd.DataFrame:
-    """Losses about a moment on CIFAR-10 by seed: total init, slower, sample init.
-
-    Slower is total init at the rate of sample init. The columns ``own`` and ``same``
-    are the ratios of the two to sample init.
-    """
-    names = {
-        "total": "length-cifar10-total",
-        "slower": "slow-cifar10-total",
-        "sample": "length-cifar10-sample",
-    }
-    found = {}
-    for key, name in names.items():
-        path = claims.RESULTS / "overnight" / f"{name}.nc"
-        record = xr.load_dataset(path, engine="scipy")
-        found[key] = at(record.loss, moment).squeeze().to_pandas()
-    table = pd.DataFrame(found).dropna()
-    table["own"] = table.total / table["sample"]
-    table["same"] = table.slower / table["sample"]
-    return table
 
 
 def draw_during(panels: NDArray[Any]) -> None:

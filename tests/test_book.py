@@ -18,6 +18,7 @@ import svlib as sv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
 import claims
+import decided
 import depths
 import laws
 import long_runs
@@ -72,10 +73,32 @@ def test_sizes_in_the_claims_are_those_read_off() -> None:
 def test_claims_of_few_seeds_want_their_interval() -> None:
     table = long_runs.ratios().set_index(["task", "iteration", "above"])
     row = table.xs(("micrographs", 10_000, "total"))
-    found, error = long_runs.claimed(table.reset_index())["micrographs_long_total_sample"]
-    assert found == pytest.approx(row.ratio)
-    assert 4 * error == pytest.approx(row.high - row.low)
-    assert row.low < 1 < row.high
+    found = long_runs.claimed(table.reset_index())["micrographs_long_total_sample"]
+    assert found == (pytest.approx(row.ratio), pytest.approx(row.error), 3)
+    # 3 errors from 1: enough for two standard errors, not for three seeds (4.3)
+    assert claims.verdict(">", 1, 1.3, 0.1, 0) == "reproduced"
+    few = claims._row(
+        "key", {"text": "", "paper": 1, "relation": ">", "digits": 1, "source": ""}, 1.3, 0.1, 3
+    )
+    assert (few["verdict"], few["allowed"]) == ("open", "4.3 errors")
+
+
+def test_held_out_errors_and_the_best_rates_at_the_end_by_hand() -> None:
+    folder = claims.RESULTS
+    errors = []
+    for kind in ("total", "batchnorm"):
+        with xr.open_dataset(folder / "overnight" / f"length-cifar10-{kind}.nc") as record:
+            errors.append(record.held_out_error.values[0, 0, :, -1])
+    apart = 100 * (errors[0] - errors[1])
+    mean, half = decided.points("total", "batchnorm")
+    assert mean == pytest.approx(apart.mean())
+    assert half == pytest.approx(4.30265 * apart.std(ddof=1) / 3**0.5, rel=1e-4)
+    one = xr.load_dataset(folder / "settings" / "constant-total-0.01-2.nc")
+    at = decided.ends("constant").sel(initialization="total", learning_rate=0.01, seed=2)
+    assert float(at.loss) == pytest.approx(float(one.loss[-50:].mean()), rel=1e-6)
+    assert float(at.held_out_error) == float(one.held_out_error[-1])
+    rates = decided.best().learning_rate
+    assert rates["total"] < 0.03  # the best of a trial of 2,000 iterations
 
 
 def test_ratios_in_words() -> None:
