@@ -94,7 +94,11 @@ def _row(
     seeds: float = np.inf,
 ) -> dict[str, str]:
     """A row of the table. Few seeds want the 95 % interval of Student's t."""
-    errors = 2 if np.isinf(seeds) else special.stdtrit(seeds - 1, 0.975)
+    errors = (
+        2.0
+        if np.isinf(seeds)
+        else float(special.stdtrit(seeds - 1, 0.975))
+    )
     paper, digits = float(claim["paper"]), int(claim["digits"])
     tolerance = float(claim.get("tolerance", 0))
     relation = str(claim.get("relation", "="))

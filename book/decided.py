@@ -84,7 +84,8 @@ def spread(values: xr.DataArray, scale: float, digits: int) -> str:
 
 def constant_lines() -> list[tuple[str, ...]]:
     """Every cell of the runs at a constant rate: losses and held-out errors at the end."""
-    table, lines = ends("constant"), []
+    lines: list[tuple[str, ...]] = []
+    table = ends("constant")
     for kind, title in TITLES.items():
         for rate in table.learning_rate.values:
             cell = table.sel(initialization=kind, learning_rate=rate)

@@ -74,7 +74,7 @@ def test_claims_of_few_seeds_want_their_interval() -> None:
     table = long_runs.ratios().set_index(["task", "iteration", "above"])
     row = table.xs(("micrographs", 10_000, "total"))
     found = long_runs.claimed(table.reset_index())["micrographs_long_total_sample"]
-    assert found == (pytest.approx(row.ratio), pytest.approx(row.error), 3)
+    assert found == pytest.approx((row.ratio, row.error, 3))
     # 3 errors from 1: enough for two standard errors, not for three seeds (4.3)
     assert claims.verdict(">", 1, 1.3, 0.1, 0) == "reproduced"
     few = claims._row(

@@ -10,7 +10,7 @@ error :math:`s`; the ratio is :math:`e^\mu`, its 95 % interval :math:`e^{\mu\pm 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,10 @@ _POINT = ("initialization", "learning_rate", "seed")
 _BEFORE = {"schedule": "constant", "centred": 1}  # of records that do not say it
 
 Data = TypeVar("Data", xr.Dataset, xr.DataArray)
+
+
+def _attribute(record: xr.Dataset, name: str) -> Any:
+    return record.attrs.get(name, _BEFORE.get(name))
 
 
 def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
@@ -43,7 +47,7 @@ def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
         raise ValueError("records must hold at least one, got none")
     settings = [name for name in Experiment.__dataclass_fields__ if name not in _POINT]
     for name in (*settings, "source", "sha256", "svlib", "torch"):
-        values = (record.attrs.get(name, _BEFORE.get(name)) for record in listed)
+        values = (_attribute(record, name) for record in listed)
         if len(found := {str(np.asarray(value).tolist()) for value in values}) > 1:
             raise ValueError(f"records must agree in {name}, got {sorted(found)}")
     parts = [
@@ -58,7 +62,7 @@ def collect(records: Iterable[xr.Dataset]) -> xr.Dataset:
     common = {
         name: value
         for name, value in listed[0].attrs.items()
-        if all(np.array_equal(value, record.attrs[name]) for record in listed)
+        if all(np.array_equal(value, _attribute(record, name)) for record in listed)
     }
     return joined.sel(initialization=kinds).assign_attrs(
         common | {"wall_time": float(joined.wall_time.sum())}
