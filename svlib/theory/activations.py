@@ -27,6 +27,7 @@ _X, _W = roots_legendre(16)
 _INNER, _INNER_W = roots_legendre(6)
 _RANGE = 9.0  # standard deviations; what is beyond is below 1e-18
 _PANEL = 2.0  # longest panel, in units of the preactivation
+_WIDEST = 1e6  # variance up to which panels so short are affordable
 _NEAR = 0.05  # half difference below which the derivative is integrated
 _ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # of selu
 _GELU = math.sqrt(2 / math.pi)
@@ -114,6 +115,9 @@ class Activation:
 
     def _average(self, integrand: Callable[[Array, Array], Array], q: float, eps: float) -> float:
         """Over a = (u_1 + u_2)/2 and h = |u_1 - u_2|/2."""
+        if q > _WIDEST:
+            family = "activation must be of the ReLU family"
+            raise ValueError(f"{family} where sigma^2 exceeds {_WIDEST:.0e}, got {q:.3g}")
         middle, half = math.sqrt(q * (1 - eps / 2)), math.sqrt(q * eps / 2)
         outer, weights = _outer(half, self.kinks) if half > 0 else (np.zeros(1), np.ones(1))
         h = half * outer[:, None]
