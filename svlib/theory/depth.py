@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,8 @@ from svlib import _check
 from svlib.theory import activations
 
 Array = NDArray[np.float64]
-NORMALIZATIONS = (None, "batch", "layer", "rms")
-_LARGEST = 1e12  # variance, as in the simulation
 _FAINT = 1e-250  # sigma^2 below which the squares of an activation's values lose digits
+_variance = partial(_check.real, low=0, high=1e12)  # as in the simulation
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,8 @@ def trajectory(
 
     Args:
         depth: Number of weight matrices after layer 0, at least 0.
-        activation: A name of ``svlib.theory.activations.NAMES``, or a function of arrays.
+        activation: A name of ``svlib.theory.activations.NAMES``, or a function of arrays; outside
+            the ReLU family for sigma^2 up to 1e6.
         negative_slope: The slope a of leaky ReLU.
         kinks: Where the derivative of a function jumps.
         weight_variance: N times the variance of a weight; ``None``: He's rule,
@@ -106,36 +107,28 @@ def trajectory(
         residual: :math:`\beta`, positive, or ``None``. ``sigma2`` may become infinite; ``fraction``
             does not. He's rule then holds at sigma^2 = 1.
 
-    Raises:
-        ValueError: Also if sigma^2 exceeds 1e6 with an activation outside the ReLU family, whose
-            averages would then want too many points.
-
     Examples:
         >>> layers = trajectory(50)
         >>> print(f"{layers.m[50]:.6f} {layers.v[50]:.6f} {layers.ratio[50]:.6f}")
         0.993912 0.110173 9.021392
     """
     depth = _check.integer("depth", depth, 0)
-    _check.choice("normalization", normalization, NORMALIZATIONS)
-    rho0 = _check.real("rho0", rho0, -1, 1)
-    bias = _check.real("bias_variance", bias_variance, 0, _LARGEST)
-    q0 = _check.real("q0", q0, 0, open_low=True)
-    beta = residual
-    if beta is not None:
-        beta = _check.real("residual", beta, 0, _LARGEST, open_low=True)
+    _check.choice("normalization", normalization, _check.NORMALIZATIONS)
+    rho0, bias = _check.real("rho0", rho0, -1, 1), _variance("bias_variance", bias_variance)
+    q0 = _variance("q0", q0, open_low=True)
+    beta = None if residual is None else _variance("residual", residual, open_low=True)
     phi = activations.named(activation, negative_slope, kinks)
     if weight_variance is None and bias == 0 and q0 == 1 and phi.slope is not None:
         return _at_he(depth, phi.decrement, normalization, beta, 1 - rho0)
     weights = he_variance(phi, bias) if weight_variance is None else weight_variance
-    weights = _check.real("weight_variance", weights, 0, _LARGEST)
+    weights = _variance("weight_variance", weights)
     kept = weight_variance is None and q0 == 1 and beta is None
     states = [(q0, 1 - rho0)]
     for _ in range(depth):
         q, gap = _step(phi, weights, bias, normalization, beta, *states[-1])
         # sigma^2 = 1 is unstable for some activations: rounding would grow into another scale
         states.append((1.0 if kept else q, gap))
-    sigma2, gaps = np.array(states).T
-    return Trajectory(gaps, sigma2)
+    return Trajectory(*np.array(states).T[::-1])
 
 
 def he_variance(phi: activations.Activation, bias_variance: float = 0.0) -> float:
@@ -168,7 +161,8 @@ def _step(
     total = kept * q + share * (weights * phi.second_moment(inside) + bias)
     if total < _FAINT or math.isnan(gap):
         return total, math.nan
-    return total, (kept * gap * q + share * weights * phi.difference(inside, apart)) / total
+    left = kept * gap * q + share * weights * phi.difference(inside, apart)
+    return total, min(left / total, 2.0)  # rounding, where inputs are opposite
 
 
 def _at_he(
