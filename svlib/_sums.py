@@ -10,7 +10,7 @@ Array = NDArray[np.float64]
 
 # Entries at a time: what a processor's cache holds; on CUDA 64 or 128 MB
 _ENTRIES = {False: 2**18, True: 2**24}
-_SMALL = 2**18
+_SMALL = 2**17
 
 
 def _is_compiled(y: torch.Tensor) -> bool:
