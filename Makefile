@@ -11,6 +11,7 @@ CHAPTERS ?= 01-two-variances 02-infinite-width 03-finite-width 04-batchnorm 05-t
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED := $(VENV)/installed
+PIP := python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SITE := _build/html/index.html
 
 .DEFAULT_GOAL := help
@@ -21,11 +22,15 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## make .venv with the pinned versions
 
-# torch alone from its index, without what it depends on: that index lacks other pinned versions
+# pip takes torch, because uv does not read pip's settings and would take the one with CUDA; uv takes
+# the rest, in seconds, or pip in minutes where uv does not work. From its own index torch comes
+# without what it depends on: that index lacks other pinned versions.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps --index-url $(TORCH_INDEX) torch)
-	python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(PIP) torch uv
+	VIRTUAL_ENV=$(abspath $(VENV)) uv pip install --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]' \
+	  || $(PIP) --editable '.[$(EXTRAS)]'
 	touch $@
 
 book: $(INSTALLED)  ## build the site
