@@ -57,8 +57,8 @@ class Explanation:
 
     @cached_property
     def theory(self) -> pd.DataFrame:
-        """What theory expects of each row: ``name``, ``m2``, ``v2``, ``sigma2``, ``fraction`` (NaN
-        where it is silent), and ``start``: empty, or why it starts from the measured values."""
+        """What theory expects of each row, ``name``, ``m2``, ``v2``, ``sigma2``, ``fraction`` (NaN
+        where it is silent), and in ``start`` why it starts from the measured values, if it does."""
         return along.theory(self._nodes, units=self._units)
 
     def __repr__(self) -> str:

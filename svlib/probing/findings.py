@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 COLLAPSED = 0.1
@@ -60,9 +59,9 @@ class Finding:
     decades: float = 0.0
     note: bool = False
     cause: str = ""
-    removed: Mapping[str, float] = field(default_factory=dict)
+    removed: dict[str, float] = field(default_factory=dict)
     cure: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
     number: int = -1  # of the node at which causes are looked for
     start: int = -1
 
