@@ -283,7 +283,7 @@ def decompose(
 ) -> Decomposition:
     """Split the mean square of preactivations into m^2 and v^2 (the paper's equation for sigma^2).
 
-    The same as :func:`by_definition`, unit by unit, without its loss of digits, of any size.
+    The same as :func:`svlib.moments.by_definition`, unit by unit, without its loss of digits.
 
     Args:
         y: Array or tensor of real numbers, by default (inputs, units); at least two inputs.
