@@ -11,30 +11,38 @@ CHAPTERS ?= 01-two-variances 02-infinite-width 03-finite-width 04-batchnorm 05-t
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED := $(VENV)/installed
+PIP := python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SITE := _build/html/index.html
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test lint unit slow chapters site notebooks pdf lab serve clean
+.PHONY: help install book test verify lint unit slow chapters site notebooks pdf lab serve clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /' | while IFS=: read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
 
 install: $(INSTALLED)  ## make .venv with the pinned versions
 
-# torch alone from its index, without what it depends on: that index lacks other pinned versions
+# pip takes torch, because uv does not read pip's settings and would take the one with CUDA; uv takes
+# the rest, in seconds, or pip in minutes where uv does not work. From its own index torch comes
+# without what it depends on: that index lacks other pinned versions.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps --index-url $(TORCH_INDEX) torch)
-	python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(PIP) torch uv
+	VIRTUAL_ENV=$(abspath $(VENV)) uv pip install --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]' \
+	  || $(PIP) --editable '.[$(EXTRAS)]'
 	touch $@
 
 book: $(INSTALLED)  ## build the site
 	jupyter-book build .
 	@echo "The book: file://$(abspath $(SITE))"
 
-test: lint site  ## verify everything
-	$(PYTEST) -m "not lab"
-	$(PYTEST) --dist loadfile --nbval book/
+test: lint site  ## decide: style, types, site, units and chapters, in some nine minutes
+	$(PYTEST) -m "not slow and not lab"
+	$(PYTEST) --dist loadfile --nbval --nbval-current-env book/
+
+verify: slow  ## what takes long besides: all pages, all digits, killed runs, the wheel, JupyterLab
+	OMP_NUM_THREADS=1 python -m pytest -m lab tests/site
 
 lint: $(INSTALLED)  ## check style and types
 	ruff check .
@@ -51,11 +59,11 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal
 unit: $(INSTALLED)  ## test the library and the built site, without the slow tests
 	$(PYTEST) -m "not slow and not lab"
 
-slow: $(INSTALLED)  ## run the slow tests
+slow: $(INSTALLED)  ## run the slow tests alone
 	$(PYTEST) -m slow
 
 chapters: $(INSTALLED)  ## run every chapter and compare with its stored outputs
-	python -m pytest --nbval book/
+	python -m pytest --nbval --nbval-current-env book/
 
 notebooks: $(INSTALLED)  ## execute the chapters, store outputs, claims and the README's table
 	for chapter in $(CHAPTERS); do \

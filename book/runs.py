@@ -67,21 +67,6 @@ def start(data: str, width: int) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def series(
-    record: xr.Dataset, best: dict[str, float]
-) -> dict[str, list[xr.Dataset]]:
-    """The seeds of each initialization at its best rate, for ``sv.plot.losses``."""
-    return {
-        f"{TITLES[kind]}, rate {rate:g}": [
-            record.sel(
-                initialization=kind, learning_rate=rate, seed=seed
-            )
-            for seed in record.seed
-        ]
-        for kind, rate in best.items()
-    }
-
-
 def tuned(
     record: xr.Dataset, best: dict[str, float]
 ) -> dict[str, xr.Dataset]:

@@ -6,7 +6,6 @@ arXiv:1902.04942). Names are imported on first use, so that ``import svlib`` cos
 """
 
 from importlib import import_module as _import
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names once more, for editors and type checkers
@@ -35,6 +34,8 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from svlib.simulation import simulate as simulate
     from svlib.simulation import summarize as summarize
 
+    __version__: str
+
 _MODULES = {  # room: modules that are reached by their own name
     "svlib": ["plot", "sweep", "theory"],
     "svlib.experiments": ["comparison", "data", "networks", "training"],
@@ -49,19 +50,35 @@ _NAMES = {  # module: its names that svlib has too
     "svlib.probing.watch": ["Probe"],
     "svlib.probing.explanation": ["Explanation", "assert_healthy", "explain"],
 }
-__version__ = _version("svlib")
+_WHERE = {name: (room, "") for room, names in _MODULES.items() for name in names}
+_WHERE |= {name: (room, name) for room, names in _NAMES.items() for name in names}
+_EXTRAS = {"matplotlib": "plot", "PIL": "train", "sklearn": "train", "pooch": "train"}
+_EXTRAS |= {"distributed": "cluster", "dask_jobqueue": "cluster", "transformers": "models"}
+__all__ = sorted([*_WHERE, "__version__"])
+
+
+def _missing(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The error of a package that is not installed, with the extra that brings it."""
+    extra = _EXTRAS.get(str(error.name).split(".")[0])
+    if extra is None:
+        return error
+    words = f"{error.name} is not installed: pip install 'svlib[{extra}]', or '.[{extra}]' in the"
+    return ModuleNotFoundError(f"{words} project's folder", name=error.name)
 
 
 def __getattr__(name: str) -> Any:
-    for room, names in _MODULES.items():
-        if name in names:
-            return _import(f"{room}.{name}")
-    for module, names in _NAMES.items():
-        if name in names:
-            return getattr(_import(module), name)
-    raise AttributeError(f"module 'svlib' has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version  # only here: it takes as long as all the rest
+
+        return version("svlib")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'svlib' has no attribute {name!r}")
+    room, within = _WHERE[name]
+    try:
+        return getattr(_import(room), within) if within else _import(f"{room}.{name}")
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
 
 
 def __dir__() -> list[str]:
-    listed = [name for names in (*_MODULES.values(), *_NAMES.values()) for name in names]
-    return sorted([*listed, "__version__"])
+    return __all__

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+NORMALIZATIONS = (None, "batch", "layer", "rms")
+
 
 class NotFiniteError(ValueError):
     """A number is NaN, infinite or too large to be squared."""

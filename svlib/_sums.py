@@ -10,6 +10,7 @@ Array = NDArray[np.float64]
 
 # Entries at a time: what a processor's cache holds; on CUDA 64 or 128 MB
 _ENTRIES = {False: 2**18, True: 2**24}
+_SMALL = 2**17
 
 
 def _is_compiled(y: torch.Tensor) -> bool:
@@ -19,11 +20,13 @@ def _is_compiled(y: torch.Tensor) -> bool:
 
 def along_last(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, sum of squares about it, and largest entry, along the last dimension, in float64."""
-    return _last_on_processor(y) if _is_compiled(y) else _last_elsewhere(y)
+    # below that size the import alone, of a second, costs more than a thousand calls save
+    large = y.numel() > _SMALL
+    return _last_on_processor(y) if large and _is_compiled(y) else _last_elsewhere(y)
 
 
 def _last_on_processor(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from svlib import _kernels  # takes half a second to import
+    from svlib import _kernels  # takes a second to import
 
     found = torch.empty(3, *y.shape[:-1], dtype=torch.float64)
     rows = y.detach().reshape(-1, y.shape[-1]).contiguous()
@@ -65,7 +68,7 @@ def split_along_ray(y: torch.Tensor) -> tuple[Array, Array, Array]:
 
 
 def _split_on_processor(y: torch.Tensor) -> tuple[Array, Array, Array]:
-    from svlib import _kernels  # takes half a second to import
+    from svlib import _kernels  # takes a second to import
 
     networks = y.detach().reshape(-1, *y.shape[-2:]).contiguous().numpy()
     mean_square, squares = np.empty(len(networks)), np.empty((len(networks), 2, y.shape[-2]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from tqdm import tqdm
 
 
 def run(threads: int, items: Iterable[int], work: Callable[[int], None]) -> Iterator[int]:
@@ -52,3 +53,34 @@ def stopped() -> bool:
     """Whether the piece of work of this thread is to end."""
     stop = getattr(_here, "stop", None)
     return stop is not None and stop.is_set()
+
+
+def available(device: torch.device) -> int:
+    """How many threads there are for a device: one, if it is not the processor."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def blocks(
+    threads: int,
+    count: int,
+    size: int,
+    layers: int,
+    work: Callable[[slice], Iterator[None]],
+    progress: bool | None,
+) -> Iterator[int]:
+    """Call ``work(rows)`` for blocks of at most ``size`` of ``count`` networks, a block in each
+    thread, with a progress bar; it yields after each of its ``layers`` layers. Yield how many of
+    the first networks are finished, again and again."""
+    lock, hidden = threading.Lock(), None if progress is None else not progress
+
+    def block(start: int) -> None:
+        rows = slice(start, min(start + size, count))
+        for _ in work(rows):
+            with lock:
+                bar.update(rows.stop - rows.start)
+            if stopped():
+                return
+
+    with tqdm(total=count * layers, disable=hidden, unit="layer") as bar:
+        for start in run(threads, range(0, count, size), block):
+            yield min(start + size, count)

@@ -20,6 +20,7 @@ from svlib import _check, gram, layers
 from svlib._random import Normals
 
 METHODS = ("auto", "gram", "weights")
+WEIGHTS = ("gaussian", "orthogonal")
 
 
 class Options(TypedDict, total=False):
@@ -99,7 +100,7 @@ class Ensemble:
         put = partial(object.__setattr__, self)
         slope = _check.activation(self.activation, self.negative_slope, layers.ACTIVATIONS)
         put("negative_slope", slope)
-        _check.choice("weights", self.weights, ("gaussian", "orthogonal"))
+        _check.choice("weights", self.weights, WEIGHTS)
         he = self.weight_variance is None
         put("bias_variance", _check.real("bias_variance", self.bias_variance, 0, 1 if he else 1e12))
         given = (
@@ -108,7 +109,7 @@ class Ensemble:
             else self.weight_variance
         )
         put("weight_variance", _check.real("weight_variance", given, 0, 1e12))
-        _check.choice("normalization", self.normalization, layers.NORMALIZATIONS)
+        _check.choice("normalization", self.normalization, _check.NORMALIZATIONS)
         if self.residual is not None:
             put("residual", _check.real("residual", self.residual, 0, 1e12, open_low=True))
         put("dtype", _check.precision(self.dtype))

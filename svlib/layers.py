@@ -3,38 +3,19 @@ r"""What a layer does to its preactivations before the weights: normalization an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 
-NORMALIZATIONS = (None, "batch", "layer", "rms")
-HOMOGENEOUS = ("relu", "leaky_relu", "linear")
-_FUNCTIONS = torch.nn.functional
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": _FUNCTIONS.leaky_relu,
-    "linear": lambda y: y,
-    "tanh": torch.tanh,
-    "erf": torch.erf,
-    "sigmoid": torch.sigmoid,
-    "gelu": _FUNCTIONS.gelu,
-    "gelu_tanh": partial(_FUNCTIONS.gelu, approximate="tanh"),
-    "silu": _FUNCTIONS.silu,
-    "softplus": _FUNCTIONS.softplus,
-    "mish": _FUNCTIONS.mish,
-    "sine": torch.sin,
-    "elu": _FUNCTIONS.elu,
-    "selu": _FUNCTIONS.selu,
-    "hardtanh": _FUNCTIONS.hardtanh,
-    "relu6": _FUNCTIONS.relu6,
-}
+from svlib import _activations
+from svlib._activations import HOMOGENEOUS as HOMOGENEOUS
+
+ACTIVATIONS = {name: function for name, (function, _) in _activations.ACTIVATIONS.items()}
 
 
 def activated(y: torch.Tensor, activation: str, negative_slope: float = 0.0) -> torch.Tensor:
     """The activation of preactivations of any shape."""
     if activation == "leaky_relu":
-        return _FUNCTIONS.leaky_relu(y, negative_slope)
+        return torch.nn.functional.leaky_relu(y, negative_slope)
     return ACTIVATIONS[activation](y)
 
 

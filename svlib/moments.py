@@ -255,6 +255,24 @@ def _where(y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return means, squares.sum(0), torch.where(mask, y, -torch.inf).amax(-1)
 
 
+def by_definition(y: Any) -> tuple[float, float]:
+    """m^2 and v^2 of one network, as the paper defines them; :func:`decompose` in plain lines.
+
+    Args:
+        y: Array (inputs, units), at least 2 inputs.
+
+    Examples:
+        >>> by_definition([[0.0, 5.0], [2.0, 5.0]])
+        (12.5, 1.0)
+    """
+    y = np.asarray(y, dtype=np.float64)
+    inputs, units = y.shape
+    mean = y.sum(0) / inputs  # of each unit
+    variance = ((y - mean) ** 2).sum(0) / (inputs - 1)
+    squared_mean = mean**2 - variance / inputs  # without bias: mean^2 alone averages to m^2 + v^2/S
+    return float(squared_mean.sum() / units), float(variance.sum() / units)
+
+
 def decompose(
     y: Any,
     sample_dim: int = 0,
@@ -264,6 +282,8 @@ def decompose(
     mask: Any = None,
 ) -> Decomposition:
     """Split the mean square of preactivations into m^2 and v^2 (the paper's equation for sigma^2).
+
+    The same as :func:`svlib.moments.by_definition`, unit by unit, without its loss of digits.
 
     Args:
         y: Array or tensor of real numbers, by default (inputs, units); at least two inputs.

@@ -12,20 +12,18 @@ does not matter.
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import xarray as xr
-from tqdm import tqdm
 
 from svlib import _check, _threads
+from svlib._activations import HOMOGENEOUS
 from svlib._files import provenance
 from svlib._random import Normals
 
-ACTIVATIONS = ("relu", "leaky_relu", "linear")
 _NETWORKS_AT_A_TIME = 512
 
 
@@ -68,15 +66,16 @@ def simulate_angles(
     networks, seed = _check.integer("networks", networks), _check.integer("seed", seed, 0)
     angle = _check.real("angle", angle, 0, math.pi, open_low=True)
     found, dtype = _check.device(device), _check.precision(dtype)
-    slope = _check.activation(activation, negative_slope, ACTIVATIONS)
+    slope = _check.activation(activation, negative_slope, HOMOGENEOUS)
     results = np.full((4, networks, depth + 1), np.nan)
     kind = 1.0 if activation == "linear" else slope
 
-    def start(block: range) -> _Pair:
+    def start(rows: slice) -> _Pair:
+        block = range(rows.start, rows.stop)
         numbers = torch.empty(len(block), 2, width, device=found, dtype=dtype)
         return _Pair(Normals(seed, "pair", block, found), numbers, angle, kind)
 
-    _fill(results, start, found, progress)
+    _fill(results, start, _threads.available(found), progress)
     made = {"width": width, "depth": depth, "networks": networks, "seed": seed, "angle": angle}
     about = {"dtype": str(dtype), "activation": activation, "negative_slope": slope}
     names, arrays = ("ln_sin2", "cosine", "log_ratio", "dead"), [*results[:3], results[3] == 1]
@@ -88,33 +87,24 @@ def simulate_angles(
 
 
 def _fill(
-    results: np.ndarray,
-    start: Callable[[range], _Pair],
-    device: torch.device,
-    progress: bool | None,
+    results: np.ndarray, start: Callable[[slice], _Pair], threads: int, progress: bool | None
 ) -> None:
-    """Follow all networks, a block in each thread, and write their statistics into ``results``,
-    (statistics, networks, layers)."""
+    """Follow all networks and write their statistics into ``results``, (statistics, networks,
+    layers)."""
     _, networks, layers = results.shape
-    starts = range(0, networks, _NETWORKS_AT_A_TIME)
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = _NETWORKS_AT_A_TIME
 
-    def run(first: int) -> None:
-        block = range(first, min(first + _NETWORKS_AT_A_TIME, networks))
-        state = start(block)
+    def work(rows: slice) -> Iterator[None]:
+        pair = start(rows)
         for layer in range(layers):
-            if _threads.stopped():
-                return
             if layer > 0:
-                state.advance()
-            results[:, first : block.stop, layer] = state.statistics()
-            with lock:
-                bar.update(len(block))
+                pair.advance()
+            results[:, rows, layer] = pair.statistics()
+            yield
 
-    lock, hidden = threading.Lock(), None if progress is None else not progress
-    with tqdm(total=networks * layers, disable=hidden, unit="layer") as bar:
-        for _ in _threads.run(min(threads, len(starts)), starts, run):
-            pass
+    threads = min(threads, -(-networks // size))
+    for _ in _threads.blocks(threads, networks, size, layers, work, progress):
+        pass
 
 
 class _Pair:

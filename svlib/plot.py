@@ -243,30 +243,6 @@ def cobweb(
     return axes
 
 
-def losses(
-    records: dict[str, list[xr.Dataset]], *, window: int = 1, axes: Axes | None = None
-) -> Axes:
-    """Training loss against iteration: running means, their mean and standard error over seeds.
-
-    The line of a series ends where one of its seeds diverged.
-
-    Args:
-        records: Name of the series to the records of its seeds.
-        window: Iterations in the running mean.
-        axes: Where to draw.
-    """
-    axes = _axes(axes)
-    for index, (label, runs) in enumerate(records.items()):
-        # a seed that has diverged ends the line: without it the mean would fall
-        loss = xr.concat([run.loss for run in runs], "seed").rolling(iteration=window).mean()
-        mean = loss.mean("seed", skipna=False)
-        error = loss.std("seed", ddof=1, skipna=False) / np.sqrt(len(runs))
-        band(loss.iteration, mean, error, index=index, label=label, axes=axes)
-    axes.set(xlabel="iteration", ylabel="training loss")
-    axes.legend()
-    return axes
-
-
 def learning_rates(
     losses: xr.DataArray, labels: dict[str, str], *, axes: Axes | None = None
 ) -> Axes:

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from svlib import _check, _threads
 from svlib._files import provenance
@@ -56,26 +55,16 @@ def _run(
 ) -> Iterator[int]:
     """Call ``use(rows, layer, y, log_scale)`` for every block and layer, a block in each thread;
     yield how many of the first networks are finished, again and again."""
-    threads = torch.get_num_threads() if ensemble.device.type == "cpu" else 1
-    threads = min(threads, ensemble.block_size, len(networks))
+    threads = min(_threads.available(ensemble.device), ensemble.block_size, len(networks))
     # the bound on memory is one for all threads
     size = min(ensemble.block_size // threads, -(-len(networks) // threads))
-    starts = range(0, len(networks), size)
-    total, hidden = len(networks) * (depth + 1), None if progress is None else not progress
 
-    def block(start: int) -> None:
-        rows = slice(start, min(start + size, len(networks)))
+    def work(rows: slice) -> Iterator[None]:
         for layer, (y, log_scale) in enumerate(propagate(ensemble, depth, networks[rows])):
-            if _threads.stopped():
-                return
             use(rows, layer, y, log_scale)
-            with lock:
-                bar.update(rows.stop - rows.start)
+            yield
 
-    lock = threading.Lock()
-    with tqdm(total=total, disable=hidden, unit="layer") as bar:
-        for start in _threads.run(threads, starts, block):
-            yield min(start + size, len(networks))
+    return _threads.blocks(threads, len(networks), size, depth + 1, work, progress)
 
 
 def simulate(

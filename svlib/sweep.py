@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +27,7 @@ from svlib import _check
 from svlib._files import CODE, write_whole
 
 Function = Callable[..., xr.Dataset]
-_POINT = "sweep_point"
+_POINT, _LARGE = "sweep_point", "sweep_large_integers"  # attributes of a file
 
 
 def run(
@@ -202,11 +201,12 @@ def _key(content: str | bytes) -> str:
 
 
 def _write(folder: Path, text: str, record: xr.Dataset) -> None:
-    attributes = {  # netCDF 3 has no integers beyond 32 bits
-        name: str(x) if isinstance(x, int) and abs(x) >= 2**31 else x
-        for name, x in record.attrs.items()
-    }
-    content = bytes(record.assign_attrs(attributes | {_POINT: text}).to_netcdf(engine="scipy"))
+    # netCDF 3 has no integers beyond 32 bits
+    large = {k: x for k, x in record.attrs.items() if isinstance(x, int) and abs(x) >= 2**31}
+    made = {_POINT: text, _LARGE: json.dumps(large)}
+    held = record.copy(deep=False)
+    held.attrs = {k: x for k, x in record.attrs.items() if k not in large} | made
+    content = bytes(held.to_netcdf(engine="scipy"))
     write_whole(folder / f"{_key(text)}-{_key(content)}.nc", content)
 
 
@@ -221,13 +221,7 @@ def _load(folder: Path, text: str) -> xr.Dataset | None:
             except (TypeError, ValueError, OSError):
                 record = xr.Dataset()
             if record.attrs.pop(_POINT, None) == text:
-                return record.assign_attrs(
-                    {
-                        name: int(x)
-                        for name, x in record.attrs.items()
-                        if isinstance(x, str) and re.fullmatch(r"-?\d{10,}", x)
-                    }
-                )
+                return record.assign_attrs(json.loads(record.attrs.pop(_LARGE)))
             reason = "not the record of this point"
         path.rename(path.with_suffix(".rejected"))
         warnings.warn(

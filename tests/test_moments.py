@@ -16,7 +16,7 @@ from svlib._sums import (
     _split_on_processor,
     along_last,
 )
-from svlib.moments import split_along_ray
+from svlib.moments import by_definition, split_along_ray
 
 GENERATOR = np.random.default_rng(0)
 
@@ -49,6 +49,15 @@ def test_without_positions_is_the_textbook_estimate() -> None:
     np.testing.assert_allclose(
         found.squared_mean, y.mean(0) ** 2 - y.var(0, ddof=1) / 7, rtol=1e-13
     )
+
+
+def test_the_plain_lines_say_the_same() -> None:
+    for inputs, units, mean in ((2, 1, 0.0), (7, 3, 1.0), (50, 20, -3.0)):
+        y = GENERATOR.normal(mean, 2.0, (inputs, units))
+        found = decompose(y)
+        assert by_definition(y) == pytest.approx(
+            (float(found.m2), float(found.v2)), rel=1e-12, abs=1e-12
+        )
 
 
 def test_unbiased() -> None:

@@ -2,8 +2,6 @@
 
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -388,15 +386,6 @@ def test_record_says_how_it_was_made() -> None:
     } <= set(record.attrs)
     assert record.attrs["seed"] == 7
     assert record.m2.dtype == np.float64
-
-
-def test_no_import_of_what_only_pictures_and_derivations_need() -> None:
-    code = (
-        "import sys, svlib.simulation, svlib.pairs, svlib.theory; svlib.theory.trajectory(2); "
-        "print(sorted({'matplotlib', 'sympy', 'sklearn'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_no_global_generator_is_touched() -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -197,9 +198,18 @@ def test_executor_that_breaks_while_points_are_handed_over(tmp_path: Path) -> No
     assert len(contents(tmp_path)) == 3
 
 
-def test_large_seeds_are_kept(tmp_path: Path) -> None:
-    assert sweep.run(walk, [{"seed": 2**40}], tmp_path)[0].attrs["seed"] == 2**40
-    assert sweep.run(walk, [{"seed": 2**40}], tmp_path)[0].attrs["seed"] == 2**40  # read
+def numbered(seed: int) -> xr.Dataset:
+    return walk(seed).assign_attrs(note="0123456789", nothing="-1234567890")
+
+
+def test_large_seeds_are_kept_and_texts_stay_texts(tmp_path: Path) -> None:
+    for _ in ("run", "read"):
+        (record,) = sweep.run(numbered, [{"seed": 2**40}], tmp_path)
+        assert record.attrs == {"seed": 2**40, "note": "0123456789", "nothing": "-1234567890"}
+    words = f"simulate 8 --networks 2 --depth 1 --samples 3 --seed {2**40}".split()
+    done = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "x.nc")])
+    assert done.exit_code == 0, done.output
+    assert xr.load_dataset(tmp_path / "x.nc").attrs["seed"] == str(2**40)
 
 
 def test_nameless_functions_are_refused(tmp_path: Path) -> None:
@@ -427,10 +437,13 @@ def test_a_device_that_is_not_there_is_one_short_line(words: str) -> None:
 
 def test_help_and_version() -> None:
     assert invoke("--version") == (0, f"svlib {sv.__version__}\n")
-    for name in ("", *main.commands):
+    _, listed = invoke("--help")
+    for name in main.list_commands(click.Context(main)):
         code, text = invoke(name, "--help")
         assert code == 0
         assert "`" not in text
+        first = text.split("\n\n")[1].strip()  # what the list says of it, without an import
+        assert " ".join(first.split()) in " ".join(listed.split())
 
 
 @pytest.mark.slow

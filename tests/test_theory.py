@@ -64,6 +64,19 @@ def test_slope_is_the_derivative(rho: float, activation: str, slope: float) -> N
     assert found == pytest.approx(difference / (2 * h), abs=1e-8)
 
 
+def test_the_formula_as_printed_and_the_one_that_keeps_digits_agree() -> None:
+    for rho in np.linspace(-1, 1, 41).tolist():
+        assert maps.f(rho) == pytest.approx(
+            maps.correlation(rho), abs=1e-15 if rho < 0.99 else 1e-8
+        )
+    assert maps.f(1 - 1e-20) == 1  # the next keeps what this loses
+    assert 0 < 1e-20 - maps.gap_decrement(1e-20) < 1e-20
+    rho = 0.0
+    for found in trajectory(49).rho.tolist():
+        assert found == pytest.approx(rho, abs=1e-13)
+        rho = maps.f(rho)
+
+
 def test_special_cases() -> None:
     for rho in (-1.0, -0.2, 0.0, 0.7, 1.0):
         assert maps.correlation(

@@ -12,24 +12,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.special import erf, expit, roots_legendre
+from scipy.special import roots_legendre
 
 from svlib import _check
+from svlib._activations import ACTIVATIONS, HOMOGENEOUS
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]
+NAMES = tuple(ACTIVATIONS)
 
 _X, _W = roots_legendre(16)
 _INNER, _INNER_W = roots_legendre(6)
 _RANGE = 9.0  # standard deviations; what is beyond is below 1e-18
 _PANEL = 2.0  # longest panel, in units of the preactivation
+_WIDEST = 1e6  # variance up to which panels so short are affordable
 _NEAR = 0.05  # half difference below which the derivative is integrated
-_ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # of selu
-_GELU = math.sqrt(2 / math.pi)
 # (sin t - t cos t) / t^3 = 1/3 - t^2/30 + t^4/840 - ..., 2k / (2k + 1)! in general; last first
 _SERIES = tuple(1 / (math.factorial(2 * k + 1) / (2 * k)) for k in range(7, 0, -1))
 
@@ -114,6 +117,9 @@ class Activation:
 
     def _average(self, integrand: Callable[[Array, Array], Array], q: float, eps: float) -> float:
         """Over a = (u_1 + u_2)/2 and h = |u_1 - u_2|/2."""
+        if q > _WIDEST:
+            family = "activation must be of the ReLU family"
+            raise ValueError(f"{family} where sigma^2 exceeds {_WIDEST:.0e}, got {q:.3g}")
         middle, half = math.sqrt(q * (1 - eps / 2)), math.sqrt(q * eps / 2)
         outer, weights = _outer(half, self.kinks) if half > 0 else (np.zeros(1), np.ones(1))
         h = half * outer[:, None]
@@ -140,71 +146,20 @@ def _outer(half: float, kinks: Sequence[float]) -> tuple[Array, Array]:
     return t, (width * _W).ravel() * density
 
 
-def _gaussian(u: Array) -> Array:
-    return np.exp(-(u**2) / 2) / math.sqrt(2 * math.pi)
+@cache
+def _known(name: str) -> Activation:
+    """By torch, in float64, and its derivative by automatic differentiation."""
+    function, kinks = ACTIVATIONS[name]
 
+    def value(u: Array) -> Array:
+        return np.asarray(function(torch.tensor(u, dtype=torch.float64, device="cpu")))
 
-def _cdf(u: Array) -> Array:
-    return np.asarray((1 + erf(u / math.sqrt(2))) / 2)
+    def slope(u: Array) -> Array:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.tensor(u, dtype=torch.float64, device="cpu", requires_grad=True)
+            return np.asarray(torch.autograd.grad(function(x).sum(), x)[0])
 
-
-def _gelu_tanh(u: Array) -> Array:
-    return np.asarray(u / 2 * (1 + np.tanh(_GELU * (u + 0.044715 * u**3))))
-
-
-def _gelu_tanh_slope(u: Array) -> Array:
-    t = np.tanh(_GELU * (u + 0.044715 * u**3))
-    return np.asarray((1 + t) / 2 + u / 2 * (1 - t**2) * _GELU * (1 + 3 * 0.044715 * u**2))
-
-
-def _softplus(u: Array) -> Array:
-    return np.logaddexp(0, u)
-
-
-def _mish_slope(u: Array) -> Array:
-    t = np.tanh(_softplus(u))
-    return np.asarray(t + u * (1 - t**2) * expit(u))
-
-
-def _elu(u: Array) -> Array:
-    return np.where(u > 0, u, np.expm1(np.minimum(u, 0)))
-
-
-def _elu_slope(u: Array) -> Array:
-    return np.where(u > 0, 1.0, np.exp(np.minimum(u, 0)))
-
-
-def _selu(u: Array) -> Array:
-    return _SCALE * np.where(u > 0, u, _ALPHA * np.expm1(np.minimum(u, 0)))
-
-
-def _selu_slope(u: Array) -> Array:
-    return _SCALE * np.where(u > 0, 1.0, _ALPHA * np.exp(np.minimum(u, 0)))
-
-
-_KNOWN: dict[str, Activation] = {
-    "tanh": Activation(np.tanh, lambda u: 1 - np.tanh(u) ** 2),
-    "erf": Activation(erf, lambda u: 2 / math.sqrt(math.pi) * np.exp(-(u**2))),
-    "sigmoid": Activation(expit, lambda u: np.asarray(expit(u) * expit(-u))),
-    "gelu": Activation(lambda u: u * _cdf(u), lambda u: _cdf(u) + u * _gaussian(u)),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope),
-    "silu": Activation(
-        lambda u: np.asarray(u * expit(u)),
-        lambda u: np.asarray(expit(u) * (1 + u * expit(-u))),
-    ),
-    "softplus": Activation(_softplus, expit),
-    "mish": Activation(lambda u: u * np.tanh(_softplus(u)), _mish_slope),
-    "sine": Activation(np.sin, np.cos),
-    "elu": Activation(_elu, _elu_slope, (0.0,)),
-    "selu": Activation(_selu, _selu_slope, (0.0,)),
-    "hardtanh": Activation(
-        lambda u: np.clip(u, -1, 1), lambda u: (np.abs(u) < 1).astype(float), (-1.0, 1.0)
-    ),
-    "relu6": Activation(
-        lambda u: np.clip(u, 0, 6), lambda u: ((u > 0) & (u < 6)).astype(float), (0.0, 6.0)
-    ),
-}
-NAMES = ("relu", "leaky_relu", "linear", *_KNOWN)
+    return Activation(value, slope, kinks)
 
 
 def named(activation: Any, negative_slope: float = 0.0, kinks: Sequence[float] = ()) -> Activation:
@@ -222,7 +177,7 @@ def named(activation: Any, negative_slope: float = 0.0, kinks: Sequence[float] =
     if len(tuple(kinks)):
         raise ValueError(f"kinks must be empty unless activation is a function, got {kinks!r}")
     slope = _check.activation(activation, negative_slope, NAMES)
-    if activation in _KNOWN:
-        return _KNOWN[activation]
+    if activation not in HOMOGENEOUS:
+        return _known(activation)
     slope = 1.0 if activation == "linear" else slope
     return Activation(lambda u: np.where(u > 0, u, slope * u), None, (0.0,), slope)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,8 @@ from svlib import _check
 from svlib.theory import activations
 
 Array = NDArray[np.float64]
-NORMALIZATIONS = (None, "batch", "layer", "rms")
+_FAINT = 1e-250  # sigma^2 below which the squares of an activation's values lose digits
+_variance = partial(_check.real, low=0, high=1e12)  # as in the simulation
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +23,10 @@ class Trajectory:
     """Statistics at layers 0 (the first preactivation) to depth; each array has shape (depth + 1,).
 
     Attributes:
-        fraction: v^2/sigma^2, accurate to the last digits however small.
-        sigma2: Total variance; 1 without a residual connection.
+        fraction: v^2/sigma^2, accurate to the last digits however small; NaN once nothing is left
+            of the signal: ``sigma2`` is 0 because weights and biases are, or, of an activation
+            outside the ReLU family, below 1e-250.
+        sigma2: Total variance; 1 without a residual connection. It may become 0 or infinite.
     """
 
     fraction: Array
@@ -60,8 +65,8 @@ class Trajectory:
 
 
 def _part(share: Array, total: Array) -> Array:
-    """Their product, with 0 times infinity defined as 0."""
-    return np.multiply(share, total, out=np.zeros_like(share), where=share != 0)
+    """Their product, with 0 times anything defined as 0."""
+    return np.multiply(share, total, out=np.zeros_like(share), where=(share != 0) & (total != 0))
 
 
 def trajectory(
@@ -86,7 +91,8 @@ def trajectory(
 
     Args:
         depth: Number of weight matrices after layer 0, at least 0.
-        activation: A name of ``svlib.theory.activations.NAMES``, or a function of arrays.
+        activation: A name of ``svlib.theory.activations.NAMES``, or a function of arrays; outside
+            the ReLU family for sigma^2 up to 1e6.
         negative_slope: The slope a of leaky ReLU.
         kinks: Where the derivative of a function jumps.
         weight_variance: N times the variance of a weight; ``None``: He's rule,
@@ -107,23 +113,22 @@ def trajectory(
         0.993912 0.110173 9.021392
     """
     depth = _check.integer("depth", depth, 0)
-    _check.choice("normalization", normalization, NORMALIZATIONS)
-    rho0, bias = _check.real("rho0", rho0, -1, 1), _check.real("bias_variance", bias_variance, 0)
-    q0 = _check.real("q0", q0, 0, open_low=True)
-    beta = None if residual is None else _check.real("residual", residual, 0, open_low=True)
+    _check.choice("normalization", normalization, _check.NORMALIZATIONS)
+    rho0, bias = _check.real("rho0", rho0, -1, 1), _variance("bias_variance", bias_variance)
+    q0 = _variance("q0", q0, open_low=True)
+    beta = None if residual is None else _variance("residual", residual, open_low=True)
     phi = activations.named(activation, negative_slope, kinks)
     if weight_variance is None and bias == 0 and q0 == 1 and phi.slope is not None:
         return _at_he(depth, phi.decrement, normalization, beta, 1 - rho0)
     weights = he_variance(phi, bias) if weight_variance is None else weight_variance
-    weights = _check.real("weight_variance", weights, 0)
+    weights = _variance("weight_variance", weights)
     kept = weight_variance is None and q0 == 1 and beta is None
     states = [(q0, 1 - rho0)]
     for _ in range(depth):
         q, gap = _step(phi, weights, bias, normalization, beta, *states[-1])
         # sigma^2 = 1 is unstable for some activations: rounding would grow into another scale
         states.append((1.0 if kept else q, gap))
-    sigma2, gaps = np.array(states).T
-    return Trajectory(gaps, sigma2)
+    return Trajectory(*np.array(states).T[::-1])
 
 
 def he_variance(phi: activations.Activation, bias_variance: float = 0.0) -> float:
@@ -144,14 +149,20 @@ def _step(
 ) -> tuple[float, float]:
     """sigma^2 and v^2/sigma^2 of the next layer."""
     kept, share = (0.0, 1.0) if beta is None else (1.0, beta)
-    if normalization is None and phi.slope is not None:  # relative to q, which may be infinite
-        branch = weights * phi.second_moment(1.0) + bias / q
-        total = kept + share * branch
-        return q * total, (kept * gap + share * weights * phi.difference(1.0, gap)) / total
+    if normalization is None and phi.slope is not None:  # relative to q: it may be 0 or infinite
+        added = bias / q if bias > 0 else 0.0
+        if math.isinf(added):
+            return share * bias, kept * gap * (q / bias / share)
+        total = kept + share * (weights * phi.second_moment(1.0) + added)
+        left = kept * gap + share * weights * phi.difference(1.0, gap)
+        return q * total, left / total if total > 0 else math.nan
     inside = q if normalization is None else 1.0
     apart = 1.0 if normalization == "batch" else gap  # BatchNorm's output has m = 0
     total = kept * q + share * (weights * phi.second_moment(inside) + bias)
-    return total, (kept * gap * q + share * weights * phi.difference(inside, apart)) / total
+    if total < _FAINT or math.isnan(gap):
+        return total, math.nan
+    left = kept * gap * q + share * weights * phi.difference(inside, apart)
+    return total, min(left / total, 2.0)  # rounding, where inputs are opposite
 
 
 def _at_he(

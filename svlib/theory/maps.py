@@ -12,8 +12,31 @@ Computed as 1 - C it loses its digits, so :func:`gap_decrement` gives its loss i
 
 from __future__ import annotations
 
+import math
+
 from svlib import _check
 from svlib.theory import activations
+
+
+def f(rho: float) -> float:
+    r"""The paper's map, as printed: one layer of ReLU takes the correlation rho to f(rho).
+
+    .. math:: f(\rho)=\frac{\sqrt{1-\rho^2}+\rho\,(\pi-\arccos\rho)}\pi
+
+    (Cho & Saul 2009, order 1). Near 1 its error is some 1e-14, more than small gaps 1 - f(rho) are;
+    :func:`correlation` is rounded once, and :func:`gap_decrement` keeps their digits.
+
+    Args:
+        rho: Correlation of two preactivations over networks, in [-1, 1].
+
+    Examples:
+        >>> rho = 0.0
+        >>> for layer in range(49):
+        ...     rho = f(rho)
+        >>> print(f"m/v = {math.sqrt(rho / (1 - rho)):.4f} at layer 49")
+        m/v = 8.8664 at layer 49
+    """
+    return (math.sqrt(1 - rho**2) + rho * (math.pi - math.acos(rho))) / math.pi
 
 
 def gap_decrement(
@@ -44,7 +67,7 @@ def gap_decrement(
 def correlation(rho: float, *, activation: str = "relu", negative_slope: float = 0.0) -> float:
     r"""The correlation map C.
 
-    ReLU: :math:`f(\rho)=(\sqrt{1-\rho^2}+\rho(\pi-\arccos\rho))/\pi` (Cho & Saul 2009, order 1).
+    ReLU: :func:`f`, without its loss of digits near 1, by :func:`gap_decrement`.
     Leaky ReLU: :math:`((1-a)^2f(\rho)+2a\rho)/(1+a^2)`. Others: by
     quadrature.
 

@@ -207,7 +207,8 @@ def finite_width(
             norm and white noise; 1/(2 width) for white noise that orthogonal weights keep.
         features: White noise in so many dimensions goes through a first weight matrix.
         rho0: Correlation of two inputs, in [0, 1), the same for all pairs.
-        activation, negative_slope: "relu", "leaky_relu" and its slope, or "linear".
+        activation, negative_slope: "relu", "leaky_relu" and its slope, or "linear", which wants a
+            ``rho0`` above 0: without one m is 0 on average for ever, and v^2/m^2 has no average.
         weights: "gaussian" or "orthogonal".
         normalization: ``None``, "batch", "layer" or "rms".
         samples: Inputs of a batch under BatchNorm; ``None``: very many.
@@ -232,13 +233,15 @@ def finite_width(
     _check.choice("weights", weights, ("gaussian", "orthogonal"))
     cv2 = _check.real("input_cv2", input_cv2, 0)
     inputs = math.inf if features is None else _check.integer("features", features)
-    found = _first_order(depth, _below_one(rho0), slope, weights, width / inputs)
+    found = _first_order(depth, _correlation(rho0, slope), slope, weights, width / inputs)
     spread = cv2 + 1 / (2 * inputs) + found.lengths / width
     return _with_lengths(found.gap, spread, found.angles / width)
 
 
-def _below_one(rho0: float) -> float:
+def _correlation(rho0: float, slope: float) -> float:
     rho = _check.real("rho0", rho0, 0, 1)
+    if slope == 1 and 1 - (1 - rho) == 0:  # below 1e-16 it is not kept
+        raise ValueError(f"rho0 must be positive for a linear network, got {rho0}")
     if rho == 1:
         raise ValueError("rho0 must be below 1, where inputs have no angle between them, got 1.0")
     return rho

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import sympy as sp
 
-from svlib import _check
-
 rho = sp.Symbol("rho", real=True)  #: correlation of two preactivations
 theta = sp.Symbol("theta", positive=True)  #: their angle, cos(theta) = rho
 epsilon = sp.Symbol("epsilon", positive=True)  #: the gap 1 - rho = v^2 / sigma^2
@@ -93,7 +91,8 @@ def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
         >>> gaussian_relu_product(2, 2).subs(theta, sp.pi / 2)
         1/4
     """
-    first, second = _check.integer("first", first), _check.integer("second", second)
+    if min(first, second) < 1:
+        raise ValueError(f"powers must be at least 1, got {first} and {second}")
     r = sp.Symbol("r", positive=True)
     phi, z1, z2 = sp.symbols("phi z1 z2", real=True)
     quadratic_form = (z1**2 - 2 * sp.cos(theta) * z1 * z2 + z2**2) / sp.sin(theta) ** 2
@@ -165,7 +164,8 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
         >>> gap_expansion(1)
         -2*sqrt(2)*epsilon**(3/2)/(3*pi) + epsilon
     """
-    terms = _check.integer("terms", terms)
+    if terms < 1:
+        raise ValueError(f"terms must be at least 1, got {terms}")
     s = sp.Symbol("s", positive=True)
     _, second = gaussian_relu_moments()
     # f(rho) - rho, the loss of the gap
@@ -231,7 +231,8 @@ def plateau_tail(terms: int = 4) -> sp.Expr:
         >>> plateau_tail(1)
         3*pi*theta
     """
-    terms = _check.integer("terms", terms)
+    if terms < 1:
+        raise ValueError(f"terms must be at least 1, got {terms}")
     order = terms + 2
     _, second = gaussian_relu_moments()
     cosine = sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()

@@ -1,12 +1,19 @@
 """SymPy's derivations joined with the numbers and with sampling that shares no code with either."""
 
+import doctest
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sympy as sp
 from scipy import integrate, stats
 
 from svlib.pairs import simulate_angles
-from svlib.theory import finite_width, maps, plateau, symbolic, trajectory
+from svlib.theory import finite_width, maps, plateau, trajectory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
+import derivations as symbolic
 
 
 def test_decomposition_and_bias() -> None:
@@ -95,7 +102,7 @@ def test_moments_of_jakub_and_nica() -> None:
     assert sp.simplify(symbolic.gaussian_relu_product(2, 2) - j22) == 0
     assert sp.simplify(symbolic.gaussian_relu_product(3, 1) - j31) == 0
     assert sp.simplify(symbolic.length_gain() - (sp.Rational(3, 2) - j22)) == 0
-    with pytest.raises(ValueError, match="first must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="powers must be at least 1, got 0 and 1"):
         symbolic.gaussian_relu_product(0)
 
 
@@ -116,3 +123,7 @@ def test_plateau_constant_from_the_series() -> None:
     assert sums[999] == pytest.approx(plateau(), abs=1e-9)
     assert sums[499] == pytest.approx(plateau(), abs=2e-8)
     assert f"{plateau():.8f}" == "10.65054549"
+
+
+def test_examples() -> None:
+    assert doctest.testmod(symbolic).failed == 0
