@@ -13,8 +13,12 @@ from typing import NamedTuple
 import sympy as sp
 
 rho = sp.Symbol("rho", real=True)  #: correlation of two preactivations
-theta = sp.Symbol("theta", positive=True)  #: their angle, cos(theta) = rho
-epsilon = sp.Symbol("epsilon", positive=True)  #: the gap 1 - rho = v^2 / sigma^2
+theta = sp.Symbol(
+    "theta", positive=True
+)  #: their angle, cos(theta) = rho
+epsilon = sp.Symbol(
+    "epsilon", positive=True
+)  #: the gap 1 - rho = v^2 / sigma^2
 
 
 class Identity(NamedTuple):
@@ -38,7 +42,12 @@ def decomposition() -> Identity:
     y, m, sigma = sp.symbols("y m sigma", real=True)
     averages = {0: sp.Integer(1), 1: m, 2: sigma**2}
     terms = sp.Poly(sp.expand((y - m) ** 2), y).terms()
-    left = sp.Add(*(coefficient * averages[power] for (power,), coefficient in terms))
+    left = sp.Add(
+        *(
+            coefficient * averages[power]
+            for (power,), coefficient in terms
+        )
+    )
     right = sigma**2 - m**2
     return Identity(left, right, sp.simplify(left - right))
 
@@ -55,8 +64,13 @@ def squared_mean_bias() -> Identity:
     """
     m, v, inputs, a, b = sp.symbols("m v S a b", positive=True)
     equal = sp.Sum(m**2 + v**2, (a, 1, inputs)).doit()
-    different = sp.Sum(sp.Sum(m**2, (b, 1, inputs - 1)), (a, 1, inputs)).doit()
-    left, right = sp.expand((equal + different) / inputs**2), m**2 + v**2 / inputs
+    different = sp.Sum(
+        sp.Sum(m**2, (b, 1, inputs - 1)), (a, 1, inputs)
+    ).doit()
+    left, right = (
+        sp.expand((equal + different) / inputs**2),
+        m**2 + v**2 / inputs,
+    )
     return Identity(left, right, sp.simplify(left - right))
 
 
@@ -69,7 +83,10 @@ def gaussian_relu_moments() -> tuple[sp.Expr, sp.Expr]:
     """
     z = sp.Symbol("z", real=True)
     density = sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi)
-    first, second = (sp.integrate(z**power * density, (z, 0, sp.oo)) for power in (1, 2))
+    first, second = (
+        sp.integrate(z**power * density, (z, 0, sp.oo))
+        for power in (1, 2)
+    )
     return first, second
 
 
@@ -92,18 +109,30 @@ def gaussian_relu_product(first: int = 1, second: int = 1) -> sp.Expr:
         1/4
     """
     if min(first, second) < 1:
-        raise ValueError(f"powers must be at least 1, got {first} and {second}")
+        raise ValueError(
+            f"powers must be at least 1, got {first} and {second}"
+        )
     r = sp.Symbol("r", positive=True)
     phi, z1, z2 = sp.symbols("phi z1 z2", real=True)
-    quadratic_form = (z1**2 - 2 * sp.cos(theta) * z1 * z2 + z2**2) / sp.sin(theta) ** 2
+    quadratic_form = (
+        z1**2 - 2 * sp.cos(theta) * z1 * z2 + z2**2
+    ) / sp.sin(theta) ** 2
     density = sp.exp(-quadratic_form / 2) / (2 * sp.pi * sp.sin(theta))
     polar = {z1: r * sp.cos(phi), z2: r * sp.cos(phi - theta)}
-    jacobian = sp.simplify(sp.Matrix([polar[z1], polar[z2]]).jacobian([r, phi]).det())
+    jacobian = sp.simplify(
+        sp.Matrix([polar[z1], polar[z2]]).jacobian([r, phi]).det()
+    )
     weighted = z1**first * z2**second * density
-    integrand = sp.simplify(weighted.subs(polar, simultaneous=True) * jacobian)
+    integrand = sp.simplify(
+        weighted.subs(polar, simultaneous=True) * jacobian
+    )
     over_radius = sp.expand_trig(sp.integrate(integrand, (r, 0, sp.oo)))
-    product = sp.integrate(over_radius, (phi, theta - sp.pi / 2, sp.pi / 2))
-    return sp.collect(sp.expand(2 * sp.pi * sp.simplify(product)), sp.cos(theta)) / (2 * sp.pi)
+    product = sp.integrate(
+        over_radius, (phi, theta - sp.pi / 2, sp.pi / 2)
+    )
+    return sp.collect(
+        sp.expand(2 * sp.pi * sp.simplify(product)), sp.cos(theta)
+    ) / (2 * sp.pi)
 
 
 def relu_map() -> sp.Expr:
@@ -114,7 +143,9 @@ def relu_map() -> sp.Expr:
         1/pi
     """
     _, second = gaussian_relu_moments()
-    return sp.simplify((gaussian_relu_product() / second).subs(theta, sp.acos(rho)))
+    return sp.simplify(
+        (gaussian_relu_product() / second).subs(theta, sp.acos(rho))
+    )
 
 
 def relu_map_slope() -> sp.Expr:
@@ -147,8 +178,12 @@ def fixed_point() -> FixedPoint:
     """
     f = relu_map()
     slope = relu_map_slope()
-    value, slope_there = (sp.simplify(x.subs(rho, 1)) for x in (f, slope))
-    return FixedPoint(value, slope_there, sp.simplify(sp.diff(slope, rho)))
+    value, slope_there = (
+        sp.simplify(x.subs(rho, 1)) for x in (f, slope)
+    )
+    return FixedPoint(
+        value, slope_there, sp.simplify(sp.diff(slope, rho))
+    )
 
 
 def gap_expansion(terms: int = 2) -> sp.Expr:
@@ -172,8 +207,12 @@ def gap_expansion(terms: int = 2) -> sp.Expr:
     decrement = gaussian_relu_product() / second - sp.cos(theta)
     order = 2 * terms + 2  # odd powers of s only: s^3, s^5, ...
     in_theta = sp.series(decrement, theta, 0, order).removeO()
-    theta_in_s = sp.series(2 * sp.asin(s / sp.sqrt(2)), s, 0, order).removeO()
-    in_s = sp.series(sp.expand(in_theta.subs(theta, theta_in_s)), s, 0, order).removeO()
+    theta_in_s = sp.series(
+        2 * sp.asin(s / sp.sqrt(2)), s, 0, order
+    ).removeO()
+    in_s = sp.series(
+        sp.expand(in_theta.subs(theta, theta_in_s)), s, 0, order
+    ).removeO()
     return sp.expand(epsilon - in_s.subs(s, sp.sqrt(epsilon)))
 
 
@@ -193,7 +232,9 @@ def decay_constant() -> sp.Expr:
     solution = sp.solve(sp.Eq(separated, layer + start), epsilon)[0]
     residue = sp.diff(solution, layer) - step.subs(gap(layer), solution)
     if sp.simplify(residue.subs(start, 0)) != 0:
-        raise ArithmeticError("the solution does not satisfy its differential equation")
+        raise ArithmeticError(
+            "the solution does not satisfy its differential equation"
+        )
     return sp.limit(solution.subs(start, 0) * layer**2, layer, sp.oo)
 
 
@@ -212,9 +253,13 @@ def length_gain() -> sp.Expr:
         theta**2 + O(theta**4)
     """
     z = sp.Symbol("z", real=True)
-    fourth = sp.integrate(z**4 * sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi), (z, 0, sp.oo))
+    fourth = sp.integrate(
+        z**4 * sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi), (z, 0, sp.oo)
+    )
     # <(a - b)^2> = <a^2> + <b^2> - 2 <ab>
-    variance_of_squares = 4 * (2 * fourth - 2 * gaussian_relu_product(2, 2))
+    variance_of_squares = 4 * (
+        2 * fourth - 2 * gaussian_relu_product(2, 2)
+    )
     return sp.expand(variance_of_squares / 4 / 2)
 
 
@@ -235,15 +280,25 @@ def plateau_tail(terms: int = 4) -> sp.Expr:
         raise ValueError(f"terms must be at least 1, got {terms}")
     order = terms + 2
     _, second = gaussian_relu_moments()
-    cosine = sp.series(gaussian_relu_product() / second, theta, 0, order + 3).removeO()
-    half_sine = sp.series(sp.sqrt((1 - cosine) / 2), theta, 0, order + 1).removeO()
-    step = sp.series(2 * sp.asin(half_sine), theta, 0, order + 1).removeO()
+    cosine = sp.series(
+        gaussian_relu_product() / second, theta, 0, order + 3
+    ).removeO()
+    half_sine = sp.series(
+        sp.sqrt((1 - cosine) / 2), theta, 0, order + 1
+    ).removeO()
+    step = sp.series(
+        2 * sp.asin(half_sine), theta, 0, order + 1
+    ).removeO()
     coefficients = sp.symbols(f"c1:{terms + 1}")
-    tail = sum(c * theta**k for k, c in enumerate(coefficients, start=1))
+    tail = sum(
+        c * theta**k for k, c in enumerate(coefficients, start=1)
+    )
     gain = sp.series(length_gain(), theta, 0, order).removeO()
     difference = sp.expand(tail - tail.subs(theta, step) - gain)
     vanishing = [difference.coeff(theta, k) for k in range(2, order)]
-    return sp.expand(tail.subs(sp.solve(vanishing, coefficients, dict=True)[0]))
+    return sp.expand(
+        tail.subs(sp.solve(vanishing, coefficients, dict=True)[0])
+    )
 
 
 class BatchNorm(NamedTuple):
@@ -270,6 +325,10 @@ def batchnorm() -> BatchNorm:
     first, second = gaussian_relu_moments()
     m2 = sp.simplify(first**2 / second)
     f = relu_map()
-    slope = sp.diff((f - f.subs(rho, 0)) / (f.subs(rho, 1) - f.subs(rho, 0)), rho)
+    slope = sp.diff(
+        (f - f.subs(rho, 0)) / (f.subs(rho, 1) - f.subs(rho, 0)), rho
+    )
     slopes = (sp.simplify(slope.subs(rho, at)) for at in (0, 1))
-    return BatchNorm(m2, 1 - m2, sp.simplify(sp.sqrt(m2 / (1 - m2))), *slopes)
+    return BatchNorm(
+        m2, 1 - m2, sp.simplify(sp.sqrt(m2 / (1 - m2))), *slopes
+    )
