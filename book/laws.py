@@ -341,6 +341,20 @@ def drift_table() -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
+def band_table() -> pd.DataFrame:
+    """Standard deviation of m/v over networks: measured, and measured over law, minus 1."""
+    rows: dict[int, dict[str, str]] = {}
+    for found in load("band").reset_index().to_dict("records"):
+        width, layer = int(found["width"]), int(found["layer"])
+        law = sv.theory.fluctuations(width, layer, samples=64)
+        off = found["ratio"] / law.ratio[-1] - 1
+        error = found["ratio_error"] / law.ratio[-1]
+        cell = f"{found['ratio']:.3f} ({off:+.1%} ± {error:.1%})"
+        rows.setdefault(width, {})[f"layer {layer}"] = cell
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.rename_axis("width")
+
+
 def draw_drift() -> Figure:
     """Measured points, first order (dashed beyond its onset) and the reduced model."""
     measured, reduced = load("drift"), load("model")
