@@ -82,15 +82,15 @@ def spread(values: xr.DataArray, scale: float, digits: int) -> str:
     return f"{text} ± {stats.sem(found):.{digits}f}"
 
 
-def constant_lines() -> list[tuple[str, ...]]:
-    """Every cell of the runs at a constant rate: losses and held-out errors at the end."""
-    lines: list[tuple[str, ...]] = []
-    table = ends("constant")
+def lines(name: str, moment: int = END) -> list[tuple[str, ...]]:
+    """Every cell of one set of runs: losses and held-out errors at an iteration."""
+    found: list[tuple[str, ...]] = []
+    table = ends(name, moment)
     for kind, title in TITLES.items():
         for rate in table.learning_rate.values:
             cell = table.sel(initialization=kind, learning_rate=rate)
             if seeds := int(cell.loss.notnull().sum()):
-                lines.append(
+                found.append(
                     (
                         title,
                         f"{rate:g}",
@@ -100,7 +100,7 @@ def constant_lines() -> list[tuple[str, ...]]:
                         spread(cell.held_out_error, 100, 1),
                     )
                 )
-    return lines
+    return found
 
 
 def at_one_rate(moment: int) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """Which setting makes the paper's curves: ``python book/settings.py DATA [NAME ...]``.
 
-``python book/settings.py summary`` prints what was found.
-
 Each run is one record in ``results/settings``; a run that was killed goes on from its
 checkpoint in DATA. The plan stands in the README beside the records.
 """
@@ -12,10 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import svlib as sv
-import xarray as xr
 
 RESULTS = Path(__file__).parent / "results" / "settings"
 COMMON: dict[str, Any] = {
@@ -74,22 +69,6 @@ def runs() -> dict[str, tuple[dict[str, Any], int]]:
 def main() -> None:
     """Run what is named, or everything, and store each record as soon as it is there."""
     folder, *names = sys.argv[1:]
-    if folder == "summary":
-        rates = at_one_rate()
-        logs = np.log((rates.total / rates["sample"]).to_numpy(float))
-        half = (
-            4.303 * float(logs.std(ddof=1)) / 3**0.5
-        )  # Student's t, three seeds
-        bounds = np.exp(
-            float(logs.mean()) + half * np.array([0, -1, 1])
-        )
-        print(
-            not_centred().round(3),
-            rates.round(4),
-            bounds.round(3),
-            sep="\n",
-        )
-        return
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name, (experiment, seed) in runs().items():
         path = RESULTS / f"{name}.nc"
@@ -100,59 +79,6 @@ def main() -> None:
         )
         record.to_netcdf(path, engine="scipy")
         print(name, float(record.loss[-20:].mean()), flush=True)
-
-
-def near(record: xr.Dataset, moment: int, width: int = 250) -> float:
-    """Mean training loss about a moment."""
-    chosen = abs(record.iteration - moment) < width
-    return float(record.loss.where(chosen, drop=True).mean())
-
-
-def not_centred() -> pd.DataFrame:
-    """Losses and ratios of images in [0, 1] at one rate, by iteration."""
-    kinds = ("total", "sample", "batchnorm")
-    held = {kind: load(f"from-zero-{kind}-0.002-0") for kind in kinds}
-    moments = (1_000, 3_000, 4_750)
-    table = pd.DataFrame(
-        {k: [near(x, m) for m in moments] for k, x in held.items()},
-        moments,
-    )
-    table["total/sample"] = table.total / table["sample"]
-    table["sample/batchnorm"] = table["sample"] / table.batchnorm
-    return table
-
-
-def at_one_rate() -> pd.DataFrame:
-    """Total and sample init at 0.01, 20,000 iterations, by seed: loss, held-out error."""
-    folder = RESULTS.parent / "overnight"
-    before = xr.load_dataset(
-        folder / "slow-cifar10-total.nc", engine="scipy"
-    ).squeeze()
-    total = [
-        before.sel(seed=0),
-        before.sel(seed=1),
-        load("constant-total-0.01-2"),
-    ]
-    sample = xr.load_dataset(
-        folder / "length-cifar10-sample.nc", engine="scipy"
-    ).squeeze()
-    rows = []
-    for seed, mine in enumerate(total):
-        other = sample.sel(seed=seed)
-        rows.append(
-            {
-                "total": near(mine, 19_750),
-                "sample": near(other, 19_750),
-                "error, total": float(mine.held_out_error[-1]),
-                "error, sample": float(other.held_out_error[-1]),
-            }
-        )
-    return pd.DataFrame(rows).rename_axis("seed")
-
-
-def load(name: str) -> xr.Dataset:
-    """A stored record."""
-    return xr.load_dataset(RESULTS / f"{name}.nc", engine="scipy")
 
 
 if __name__ == "__main__":
