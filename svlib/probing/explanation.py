@@ -239,7 +239,9 @@ def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]
     told += f"gradients {before.gradients:.1g} → {best.gradients:.1g}"
     if by == "loss":
         told = f"loss after {cures.STEPS} steps {before.loss:.3g} → {best.loss:.3g}, {told}"
-    return replace(finding, cure=f"Tried: {best.name} ({told}): {best.code}")
+    enough = by == "loss" or mine(str(best.name)) < mine("nothing") / 2
+    how = "Tried" if enough else "Tried, and not enough"
+    return replace(finding, cure=f"{how}: {best.name} ({told}): {best.code}")
 
 
 def _price(finding: Finding, table: pd.DataFrame, after: Any, mine: Callable[[str], float]) -> str:
