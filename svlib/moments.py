@@ -256,7 +256,7 @@ def _where(y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def by_definition(y: Any) -> tuple[float, float]:
-    """m^2 and v^2 of one network, as the paper defines them; :func:`svlib.decompose` in plain lines.
+    """m^2 and v^2 of one network as the paper defines them: :func:`svlib.decompose` in plain lines.
 
     Args:
         y: Array (inputs, units), at least 2 inputs.
