@@ -99,7 +99,7 @@ ROOMS = {  # room: what else of svlib it may import, as docstrings and CONTRIBUT
     "probing.passes probing.places probing.replacing probing.rows",
     "probing.watch": "probing.batches probing.forward probing.models "
     "probing.passes probing.places probing.rows probing.trace",
-    "probing.causes": "probing.detectors probing.findings probing.graph "
+    "probing.causes": "probing.detectors probing.findings probing.functions probing.graph "
     "probing.passes probing.removal probing.replacing "
     "probing.rows",
     "probing.init": "probing.batches probing.forward probing.models "

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from svlib.probing import detectors
 from svlib.probing import findings as d
 from svlib.probing.findings import Finding
+from svlib.probing.functions import SMOOTH
 from svlib.probing.graph import Graph, Node
 from svlib.probing.passes import Key
 from svlib.probing.removal import Measured, Trial, present
@@ -43,7 +44,9 @@ def causes(
     before = trial.measure(targets, {})
     if before is None:
         return []
-    now = first = value(before)
+    now = value(before)
+    if not math.isfinite(now):
+        return []
     there = {kind: at for kind, at in present(trial.trace, number).items() if suspects(kind)}
     removed: dict[str, frozenset[Key] | None] = {}
     found: list[Cause] = []
@@ -65,7 +68,6 @@ def causes(
         removed[kind] = keys
         now = tried[kind]
         found.append(_cause(kind, now, node, there[kind]))
-    del first
     return found
 
 
@@ -166,15 +168,14 @@ def explained(trial: Trial, finding: Finding) -> Finding:
         )  # fmt: skip
         if not share:  # of gates inside a module
             return finding
-        value = lambda at: at["row"].extra[share]  # noqa: E731
+        value = lambda at: at["row"].extra.get(share, math.nan)  # noqa: E731
         sound, better = (lambda x: x <= limit), (lambda new, old: log(1 - new, 1 - old))
         suspects = lambda kind: kind not in ("activations", "averages")  # noqa: E731
     elif finding.kind == "dead units":
-        smooth = node.function in ("gelu", "silu", "mish", "hardswish")
         sound, better = (lambda x: x <= d.DEAD), (lambda new, old: log(old + 0.01, new + 0.01))
         if "dead" not in node.extra:  # what is behind does not vary
             value, sound = (lambda at: float(at["row"].values.v2 <= 1e-12)), (lambda x: x == 0)
-        elif smooth:
+        elif node.function in SMOOTH:
             targets = {"row": trace.nodes[node.parents[0]]}
             value = lambda at: at["row"].values.deep  # noqa: E731
         else:

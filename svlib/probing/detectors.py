@@ -163,12 +163,7 @@ def _saturation(graph: Graph) -> Iterator[Finding]:
 
 def _opens_itself(graph: Graph, node: Node) -> bool:
     """Whether a function is the gate of what it was computed from, as in GELU written out."""
-    own = set[int]()
-    for one in reversed(graph.upstream(node.number)[:-1]):
-        own.add(one.number)
-        if one.weights:
-            break
-    at = node
+    own, at = _ways_to(graph, node.number) - {node.number}, node
     while len(graph.children[at.number]) == 1:
         before, at = at, graph.nodes[graph.children[at.number][0]]
         if at.function in ops.PRODUCTS and len(at.parents) > 1:

@@ -22,7 +22,14 @@ _INPUTS = 4  # of which attention is looked at
 
 
 def extras(made: Output, values: Values | None, parent: Values | None) -> dict[str, float]:
-    """Numbers by name; empty of other functions."""
+    """Numbers by name; empty of other functions, and where arguments are odd."""
+    try:
+        return _extras(made, values, parent)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return {}
+
+
+def _extras(made: Output, values: Values | None, parent: Values | None) -> dict[str, float]:
     name, (args, kwargs), y = made.function, made.call, made.y
     argument = partial(argument_of, args, kwargs)
     if name in ("relu", "relu6") or _clips_at_0(name, argument):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -166,8 +165,7 @@ def _fill(node: Node, seen: Node, made: Output, running: Pass, positions: str) -
         node.operation = seen.operation  # an input that the model standardizes
         _describe(node, made.y, running.samples, positions)
     if has_numbers(made.y):
-        with suppress(RuntimeError, TypeError, ValueError, IndexError):  # of odd arguments
-            node.extra |= extras(made, node.values, seen.values)
+        node.extra |= extras(made, node.values, seen.values)
 
 
 def _measure(node: Node, made: Output, running: Pass, positions: str) -> None:
