@@ -18,7 +18,7 @@ TARGET = ROOT / "_build" / "pdf" / "sample-variance-decay.pdf"
 STYLE = """
 @page { size: A4; margin: 18mm 16mm; }
 .bd-header, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header-article,
-.prev-next-footer, .bd-footer, .copybtn, .headerlink, #explorer, noscript,
+.prev-next-footer, .bd-footer, .copybtn, .headerlink, .explorer .controls, .explorer .bar, .explorer .open, noscript,
 .toggle-details__summary,
 details.above-input { display: none !important; }
 body, article { font-size: 10.5pt; }
