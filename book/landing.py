@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import svlib as sv
 from matplotlib.figure import Figure
 
-LAYERS = (0, 5, 20, 49)
+LAYERS = (0, 5, 20, 50)
 
 
 def draw_collapse(

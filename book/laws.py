@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -278,15 +279,18 @@ def activations() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).set_index("activation")
 
 
-def band() -> pd.DataFrame:
+def band(many: dict[int, int], layers: tuple[int, ...]) -> pd.DataFrame:
     """Standard deviation over networks of v²/m² and of m/v, 64 inputs each."""
     rows = []
-    many = {64: 6000, 128: 4000, 256: 2000, 1000: 2000}
     for width, networks in many.items():
         record = sv.simulate(
-            width, 200, networks=networks, samples=64, seed=width + 1
+            width,
+            layers[-1],
+            networks=networks,
+            samples=64,
+            seed=width + 1,
         )
-        for layer in (5, 10, 20, 49, 200):
+        for layer in layers:
             found = []
             for name in ("v2_over_m2", "ratio"):
                 one = record[name][:, layer].dropna("network")
@@ -300,11 +304,28 @@ def band() -> pd.DataFrame:
     return table.set_index(["width", "layer"])
 
 
+BANDS = {
+    "band": (
+        {64: 6000, 128: 4000, 256: 2000, 1000: 2000},
+        (5, 10, 20, 49, 200),
+    ),
+    # where the paper's figure was read
+    "bands": (
+        {30: 4000, 100: 4000, 300: 2000, 1000: 1000, 3000: 600},
+        (47,),
+    ),
+}
+
+
 def load(name: str) -> pd.DataFrame:
     """A stored table."""
-    keys = {"drift": 3, "model": 3, "scaling": 2, "band": 2}.get(
-        name, 1
-    )
+    keys = {
+        "drift": 3,
+        "model": 3,
+        "scaling": 2,
+        "band": 2,
+        "bands": 2,
+    }.get(name, 1)
     return pd.read_csv(
         FOLDER / f"{name}.csv", index_col=list(range(keys))
     )
@@ -412,9 +433,8 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
         norms,
         scaling,
         activations,
-        band,
     )
-}
+} | {name: partial(band, *options) for name, options in BANDS.items()}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

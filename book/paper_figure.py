@@ -21,10 +21,7 @@ def read() -> pd.DataFrame:
 
 
 def compare(
-    paper: pd.DataFrame,
-    *,
-    live: Mapping[int, xr.Dataset],
-    record: Mapping[int, xr.Dataset],
+    paper: pd.DataFrame, record: Mapping[int, xr.Dataset]
 ) -> pd.DataFrame:
     """Summaries by width beside the paper's points.
 
@@ -32,16 +29,13 @@ def compare(
     standard error and the reading error together.
     """
     table = paper.rename(columns={"ratio": "paper"})
-    for name, found in (("live", live), ("record", record)):
-        places = zip(paper.width, paper.layer, strict=True)
-        pairs = [
-            claims.value(found[width].ratio, layer=layer)
-            for width, layer in places
-        ]
-        table[name], table[f"error of {name}"] = zip(
-            *pairs, strict=True
-        )
-    error = np.hypot(table["error of record"], READING)
+    places = zip(paper.width, paper.layer, strict=True)
+    pairs = [
+        claims.value(record[width].ratio, layer=layer)
+        for width, layer in places
+    ]
+    table["record"], table["its error"] = zip(*pairs, strict=True)
+    error = np.hypot(table["its error"], READING)
     table["deviation"] = (table.record - table.paper) / error
     return table
 

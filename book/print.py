@@ -18,7 +18,8 @@ TARGET = ROOT / "_build" / "pdf" / "sample-variance-decay.pdf"
 STYLE = """
 @page { size: A4; margin: 18mm 16mm; }
 .bd-header, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header-article,
-.prev-next-footer, .bd-footer, .copybtn, .headerlink, .explorer .controls, .explorer .bar, .explorer .open, noscript,
+.prev-next-footer, .bd-footer, .copybtn, .headerlink, .explorer .controls,
+.explorer .bar, .explorer .open, noscript,
 .toggle-details__summary,
 details.above-input { display: none !important; }
 body, article { font-size: 10.5pt; }
@@ -63,6 +64,8 @@ def main() -> None:
         page.evaluate(
             "document.querySelectorAll('details').forEach(x => x.open = true);"
             "document.querySelectorAll('img').forEach(x => x.loading = 'eager');"
+            "document.querySelectorAll('.explorer [name=layer]').forEach(x =>"
+            " { x.value = 20; x.dispatchEvent(new Event('input')); });"
         )
         page.add_style_tag(content=STYLE)
         page.wait_for_timeout(1000)

@@ -217,8 +217,9 @@ def histograms(columns: dict[str, np.ndarray], layers: Iterable[str]) -> np.ndar
         grid[0, column].set_title(title)
         grid[-1, column].set_xlabel("preactivation")
         for row, name in enumerate(names):
-            color, kind = COLORS[column % 6], "bar" if draws.ndim == 2 else "step"
-            for unit in np.atleast_2d(draws[row]):
+            kind = "bar" if draws.ndim == 2 else "step"
+            for k, unit in enumerate(np.atleast_2d(draws[row])):
+                color = COLORS[(k if draws.ndim == 3 else column) % 6]
                 grid[row, column].hist(unit, bins, density=True, color=color, histtype=kind)
             grid[row, column].set(yticks=[], ylabel=name if column == 0 else "")
     return np.asarray(grid)

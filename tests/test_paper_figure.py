@@ -39,11 +39,11 @@ def test_chi2_of_shifted_layers_stays_within_the_record() -> None:
     assert paper_figure.chi2(FOUND, POINTS, -1) == pytest.approx(expected)
 
 
-def test_compare_lists_both_sources_and_the_deviation() -> None:
-    table = paper_figure.compare(POINTS, live=FOUND, record=FOUND)
+def test_compare_lists_the_record_and_the_deviation() -> None:
+    table = paper_figure.compare(POINTS, FOUND)
     assert table.paper.tolist() == [1, 3, 2]
-    assert table.live.tolist() == table.record.tolist() == [1, 3.5, 2]
-    assert table["error of record"].tolist() == [0.04] * 3
+    assert table.record.tolist() == [1, 3.5, 2]
+    assert table["its error"].tolist() == [0.04] * 3
     np.testing.assert_allclose(table.deviation, [0, 10, 0])
 
 

@@ -142,8 +142,8 @@ def test_parts_are_drawn_where_they_are_told(
     page.goto(f"{address}book/{name}.html", wait_until="networkidle")
     found = page.evaluate("""[...document.querySelectorAll('.explorer')].map(root => ({
       views: root.dataset.views, wide: root.scrollWidth > root.clientWidth + 1,
-      blank: [...root.querySelectorAll('.view:not([hidden]) canvas')].filter(c => !c.getContext('2d')
-        .getImageData(0, 0, c.width, c.height).data.some(x => x > 0)).length,
+      blank: [...root.querySelectorAll('.view:not([hidden]) canvas')].filter(c =>
+        !c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0)).length,
       far: root.querySelector('canvas').getBoundingClientRect().top
         - root.querySelector('.play').getBoundingClientRect().bottom}))""")
     assert [part["views"] for part in found] == PARTS[name]
