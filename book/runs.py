@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import svlib as sv
 import xarray as xr
@@ -188,3 +189,23 @@ def claimed(
                 float(one.error),
             )
     return found
+
+
+def draw_tasks(networks: dict[str, pd.DataFrame]) -> None:
+    """A drawn micrograph and its mask; sides and channels of both networks' layers."""
+    split = sv.data.membranes(2, 1, size=128, seed=3)
+    panels = plt.subplots(1, 4, figsize=(8, 2.4), layout="constrained")[
+        1
+    ]
+    drawn = {"input": split.images[0, 0], "label": split.labels[0]}
+    for panel, (title, image) in zip(panels, drawn.items(), strict=False):
+        panel.imshow(image.squeeze(), cmap="gray")
+        panel.set(title=title, xticks=[], yticks=[])
+        panel.grid(visible=False)
+    for panel, (title, table) in zip(
+        panels[2:], networks.items(), strict=True
+    ):
+        sides = [shape[-1] for shape in table["shape"]]
+        panel.bar(range(len(sides)), sides)
+        panel.set(title=title, xlabel="convolution")
+    panels[2].set_ylabel("pixels a side")
