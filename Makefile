@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= book,test,cluster,models
 # reproducing stores timings, which differ from run to run, and is executed only when named
-CHAPTERS ?= 01-two-variances 02-infinite-width 03-finite-width 04-batchnorm 05-training 06-your-network 07-beyond appendix-drawing appendix-figure appendix-law appendix-angles appendix-drift index claims
+CHAPTERS ?= 01-two-variances 02-infinite-width 03-finite-width 04-batchnorm 05-training 06-your-network 07-beyond appendix-drawing appendix-figure appendix-law appendix-angles appendix-drift appendix-runs appendix-architectures index claims
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED := $(VENV)/installed

@@ -200,6 +200,31 @@ def of(number: str) -> list[dict[str, str]]:
     ]
 
 
+def alternatives() -> tuple[list[tuple[str, ...]], list[str]]:
+    """Claim, alternative, its value, by how many errors ours excludes it; and checks of tools.
+
+    The error is our standard error and that of reading a figure together.
+    """
+    found, tools = [], []
+    for chapter in CHAPTERS:
+        for row in stored(chapter):
+            claim = stated()[chapter][row["key"]]
+            if "other" not in claim:
+                tools.append(row["claim"])
+                continue
+            ours, _, error = row["ours"].partition(" ± ")
+            unit = math.hypot(
+                float(error or 0), claim.get("reading", 0)
+            )
+            apart = abs(float(ours) - claim["other"])
+            told = f"{apart / unit:.1f} errors" if unit else "exactly"
+            other = f"{claim['other']:g}"
+            found.append(
+                (row["claim"], claim["alternative"], other, told)
+            )
+    return found, tools
+
+
 def overall(rows: Sequence[Mapping[str, str]]) -> str:
     """The worst verdict among rows."""
     order = list(SIGNS)

@@ -198,7 +198,9 @@ def draw_tasks(networks: dict[str, pd.DataFrame]) -> None:
         1
     ]
     drawn = {"input": split.images[0, 0], "label": split.labels[0]}
-    for panel, (title, image) in zip(panels, drawn.items(), strict=False):
+    for panel, (title, image) in zip(
+        panels, drawn.items(), strict=False
+    ):
         panel.imshow(image.squeeze(), cmap="gray")
         panel.set(title=title, xticks=[], yticks=[])
         panel.grid(visible=False)
