@@ -205,7 +205,8 @@ def alternatives() -> tuple[list[tuple[str, ...]], list[str]]:
 
     The error is our standard error and that of reading a figure together.
     """
-    found, tools = [], []
+    found: list[tuple[str, ...]] = []
+    tools: list[str] = []
     for chapter in CHAPTERS:
         for row in stored(chapter):
             claim = stated()[chapter][row["key"]]

@@ -87,19 +87,30 @@ def simulated(
     return row
 
 
+def read() -> dict[tuple[int, int], dict[str, float]]:
+    """The stored means by width and number of matrices."""
+    rows = pd.read_csv(PATH).to_dict("records")
+    return {
+        (int(row["width"]), int(row["depth"])): {
+            str(key): float(value) for key, value in row.items()
+        }
+        for row in rows
+    }
+
+
 def table() -> pd.DataFrame:
     """Infinite width, law, simulation and published values, by ensemble."""
-    stored = pd.read_csv(PATH).set_index(["width", "depth"])
     rows = {}
+    stored = read()
     for (width, depth), published in PUBLISHED.items():
-        found = stored.loc[(width, depth)]
+        found = stored[width, depth]
         spread = sv.theory.fluctuations(width, depth, samples=64)
         law = sv.theory.finite_width(width, depth, features=width)
         rows[f"{width}, {depth}"] = {
             "infinite width": f"{sv.theory.trajectory(depth).fraction[-1]:.4f}",
             "law, v²/σ²": f"{law.fraction[-1]:.4f}",
-            "simulated, v²/σ²": f"{found.fraction:.4f} ± {found['fraction error']:.4f}",
-            "simulated, v²": f"{found.v2:.4f} ± {found['v2 error']:.4f}",
+            "simulated, v²/σ²": f"{found['fraction']:.4f} ± {found['fraction error']:.4f}",
+            "simulated, v²": f"{found['v2']:.4f} ± {found['v2 error']:.4f}",
             "published, v²": published,
             "scatter of v²/m²": f"{found['v2_over_m2 spread']:.0%}",
             "its law": f"{spread.v2_over_m2[-1] * law.ratio[-1] ** 2:.0%}",

@@ -112,7 +112,7 @@ def test_the_dots_are_networks(
 
 
 def test_batchnorm_s_drift_is_the_one_the_page_tells(browser: Browser, address: str) -> None:  # noqa: F811
-    """m/v of width 100 and 64 inputs: 0.68 at layer 1, about 0.6 at layer 50."""
+    """m/v of width 100 and 64 inputs: 0.67 at layer 1, about 0.6 at layer 50."""
     page = opened(browser, address)
     given = {"width": 100, "depth": 50, "slope": 0, "beta": 0, "norm": "batch"}
     code = (
@@ -126,7 +126,7 @@ def test_batchnorm_s_drift_is_the_one_the_page_tells(browser: Browser, address: 
     mine = mine[:, [0, 49]]
     error = np.hypot(mine.std(0, ddof=1) / 30**0.5, theirs.std(0, ddof=1) / 60**0.5)
     assert (abs(mine.mean(0) - theirs.mean(0)) < 4 * error).all()
-    assert abs(mine.mean(0)[0] - 0.68) < 0.02
+    assert abs(mine.mean(0)[0] - 0.67) < 0.02
     assert abs(mine.mean(0)[1] - 0.6) < 0.03
 
 

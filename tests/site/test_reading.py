@@ -61,7 +61,7 @@ def measures(name: str) -> dict[str, Any]:
     """Words, visible code and calls of svlib of a chapter."""
     cells = nbformat.read(BOOK / f"{name}.ipynb", as_version=4).cells
     words, before, lines, seen, calls = 0, None, [0], 0, 0
-    sections: list[dict[str, bool]] = [{"result": False, "call": False}]
+    sections: list[dict[str, Any]] = [{"title": "", "result": False, "call": False}]
     for cell in cells:
         tags = set(cell.metadata.get("tags", []))
         if cell.cell_type == "markdown":
