@@ -19,6 +19,7 @@ STATE = "document.querySelector('.explorer').state"
 # pages and the settings of the parts that they hold
 PARTS = {
     "index": ["heat ray"],
+    "01-two-variances": ["heat ray"],
     "02-infinite-width": ["stairs heat"],
     "03-finite-width": ["ray curves"],
     "04-batchnorm": ["heat curves stairs"],

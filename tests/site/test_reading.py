@@ -28,7 +28,7 @@ GREEK = re.compile(
     r"|sigma|tau|phi|chi|psi|omega|Sigma|Delta|Phi)(?![a-zA-Z])"
 )
 STEPS = """async () => {
-  const figure = document.querySelector('article img');
+  const figure = document.querySelector('article img, article .explorer canvas');
   const wide = [...document.querySelectorAll('article div.highlight pre')]
     .filter(x => x.scrollWidth > x.clientWidth + 1 && x.offsetParent !== null);
   return {top: figure ? figure.getBoundingClientRect().top + scrollY : null, wide: wide.length};
