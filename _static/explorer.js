@@ -251,7 +251,7 @@ function fill(root) {
     const over = (pick) => layers.map((l) => pick(exact.fraction[l]));
     const own = (pick) => measured && measured.map((x) => { const value = pick(x, Math.max(x.m2, 0) + x.v2); return isNaN(value) ? null : value; });
     const panels = [
-      ["over σ: lines exact, dots one network", [
+      [measured ? "over σ: lines exact, dots one network" : "over σ, infinite width", [
         [PAINT.m, [], over((g) => Math.sqrt(1 - g)), own((x, q) => Math.sqrt(x.m2 / q)), "m"],
         [PAINT.v, [7, 4], over(Math.sqrt), own((x, q) => Math.sqrt(x.v2 / q)), "v"]]],
       ["m/v", [
@@ -271,7 +271,7 @@ function fill(root) {
       context.fillText(title, left, top - 8);
       (index ? [0, high / 2, high] : [0, 0.5, 1]).forEach((value) => context.fillText(String(Number(value.toPrecision(2))), 4, y(value) + 4));
       [0, depth / 2, depth].forEach((l) => context.fillText(String(l), x(l) - 6, bottom + 17));
-      context.fillText("layer", (left + right) / 2 + 24, bottom + 17);
+      context.fillText("layer", (left + right) / 2 + 34, bottom + 17);
       const tags = ends.map(([, , line]) => y(line[depth]) + 4).map((at, k) => [at, k]).sort((a, b) => a[0] - b[0]);
       tags.forEach((tag, k) => { if (k) tag[0] = Math.max(tag[0], tags[k - 1][0] + 15); });
       lines.forEach(([colour, dash, line, points, label]) => {

@@ -362,18 +362,21 @@ def drift_table() -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def band_table() -> pd.DataFrame:
+def band_lines() -> tuple[list[list[str]], list[str]]:
     """Standard deviation of m/v over networks: measured, and measured over law, minus 1."""
-    rows: dict[int, dict[str, str]] = {}
+    rows: dict[int, list[str]] = {}
     for found in load("band").reset_index().to_dict("records"):
         width, layer = int(found["width"]), int(found["layer"])
         law = sv.theory.fluctuations(width, layer, samples=64)
         off = found["ratio"] / law.ratio[-1] - 1
         error = found["ratio_error"] / law.ratio[-1]
         cell = f"{found['ratio']:.3f} ({off:+.1%} ± {error:.1%})"
-        rows.setdefault(width, {})[f"layer {layer}"] = cell
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.rename_axis("width")
+        rows.setdefault(width, [str(width)]).append(cell)
+    layers = load("band").index.unique("layer")
+    return list(rows.values()), [
+        "width",
+        *(f"layer {layer}" for layer in layers),
+    ]
 
 
 def draw_drift() -> Figure:

@@ -98,15 +98,16 @@ def read() -> dict[tuple[int, int], dict[str, float]]:
     }
 
 
-def table() -> pd.DataFrame:
+def lines() -> tuple[list[tuple[str, ...]], list[str]]:
     """Infinite width, law, simulation and published values, by ensemble."""
-    rows = {}
+    rows = []
     stored = read()
     for (width, depth), published in PUBLISHED.items():
         found = stored[width, depth]
         spread = sv.theory.fluctuations(width, depth, samples=64)
         law = sv.theory.finite_width(width, depth, features=width)
-        rows[f"{width}, {depth}"] = {
+        row = {
+            "units, layers": f"{width}, {depth}",
             "infinite width": f"{sv.theory.trajectory(depth).fraction[-1]:.4f}",
             "law, v²/σ²": f"{law.fraction[-1]:.4f}",
             "simulated, v²/σ²": f"{found['fraction']:.4f} ± {found['fraction error']:.4f}",
@@ -115,7 +116,8 @@ def table() -> pd.DataFrame:
             "scatter of v²/m²": f"{found['v2_over_m2 spread']:.0%}",
             "its law": f"{spread.v2_over_m2[-1] * law.ratio[-1] ** 2:.0%}",
         }
-    return pd.DataFrame(rows).T.rename_axis("ensemble")
+        rows.append(row)
+    return [tuple(row.values()) for row in rows], list(rows[0])
 
 
 def main() -> None:
