@@ -156,41 +156,49 @@ def test_the_picture_of_today_without_javascript(browser: Browser, address: str)
     page.close()
 
 
-def _rules(name: str, scheme: str, width: int) -> dict[str, Any]:
-    """Contrast takes most of the time. The dark scheme changes nothing else on a wide screen, and a
-    phone changes everything but the contrast, other than in the bars, which all pages share."""
-    if width < 1280:
-        return (
-            {} if name == "book/index.html" else {"rules": {"color-contrast": {"enabled": False}}}
-        )
-    return {} if scheme == "light" else {"runOnly": ["color-contrast"]}
+# Contrast takes most of the time. The dark scheme changes nothing else on a wide screen, a phone
+# everything but the contrast, other than in the bars, which all pages share.
+VIEWS = [
+    pytest.param("light", 1280, {}, id="light"),
+    pytest.param(
+        "dark", 1280, {"runOnly": ["color-contrast"]}, id="dark", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "dark", 390, {"rules": {"color-contrast": {"enabled": False}}},
+        id="phone", marks=pytest.mark.slow,
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_serious_for_axe(browser: Browser, address: str, name: str) -> None:  # noqa: F811
+@pytest.mark.parametrize(("scheme", "width", "rules"), VIEWS)
+def test_nothing_serious_for_axe(
+    browser: Browser,  # noqa: F811
+    address: str,
+    name: str,
+    scheme: Any,
+    width: int,
+    rules: dict[str, Any],
+) -> None:
     axe = next(
         Path(pytest.importorskip("axe_playwright_python").__file__).parent.glob("axe.min.js")
     )
-    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    size: Any = {"width": width, "height": 844}
+    page = browser.new_page(viewport=size, color_scheme=scheme)
     try:
         page.goto(address + name, wait_until="networkidle")
         page.add_style_tag(content="* { transition: none !important; }")  # colours at once
+        page.wait_for_timeout(300)
         page.evaluate(axe.read_text(encoding="utf-8"))
-        for scheme, width in (("light", 1280), ("dark", 1280), ("dark", 390)):
-            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
-            page.set_viewport_size({"width": width, "height": 844})
-            # colours change in steps; tab stops come when widths rest
-            page.wait_for_timeout(1000 if width < 1280 else 300)
-            result = page.evaluate(
-                "options => axe.run(document, {resultTypes: ['violations'], ...options})",
-                _rules(name, scheme, width),
-            )
-            bad = [
-                (scheme, width, x["id"], x["nodes"][0]["html"][:200])
-                for x in result["violations"]
-                if x["impact"] in ("serious", "critical")
-            ]
-            assert bad == []
+        found = page.evaluate(
+            "options => axe.run(document, {resultTypes: ['violations'], ...options})", rules
+        )
+        bad = [
+            (x["id"], x["nodes"][0]["html"][:200])
+            for x in found["violations"]
+            if x["impact"] in ("serious", "critical")
+        ]
+        assert bad == []
     finally:
         page.close()
 
