@@ -34,9 +34,12 @@ def causes(
     value: Callable[[dict[str, Measured]], float],
     sound: Callable[[float], bool],
     better: Callable[[float, float], float],
-    suspects: Callable[[str], bool] = lambda kind: True,
+    suspects: Callable[[str], bool],
+    ideal: float,
 ) -> list[Cause]:
     """What was taken away, in order, until the number is sound.
+
+    A first suspect whose removal leaves more than nine tenths of the way to ``ideal`` is none.
 
     ``better(new, old)`` is the gain of a number over another, a logarithm: above 0 where it is
     sounder.
@@ -58,7 +61,8 @@ def causes(
                 tried[kind] = new
         gains = {kind: better(new, now) for kind, new in tried.items()}
         kind = max(sorted(gains), key=gains.__getitem__, default="")
-        if not kind or gains[kind] < math.log(1.25):
+        least = max(math.log(1.25), 0.0 if found else 0.1 * better(ideal, now))
+        if not kind or gains[kind] < least:
             break
         if kind == "input scale" and gains.get("input mean", 0.0) > 0.8 * gains[kind]:
             kind = "input mean"
@@ -103,6 +107,9 @@ def _cause(kind: str, value: float, node: Node | None, nodes: list[Node]) -> Cau
     functions = [x.function for x in nodes]
     function = max(sorted(set(functions)), key=functions.count)
     name = _NAMES.get(function, function)
+    pool = "maxim" if "max" in function else "average"
+    pools = f"{pool}{'a' if pool == 'maxim' else 's'} over positions"
+    pool += "um" * (pool == "maxim")
     at = "" if node is None else f" of {node.place!r}"
     here = "" if node is None else f" at {node.place!r}"
     nouns = {
@@ -111,8 +118,8 @@ def _cause(kind: str, value: float, node: Node | None, nodes: list[Node]) -> Cau
         "input scale": ("the scale of the inputs", "with standardized inputs"),
         "activations": (name if node is None else f"{name}{here}", ""),
         "averages": (
-            "averages over positions" if node is None else f"the average{here}",
-            f"with one position instead of {'averages' if node is None else f'the average{here}'}",
+            pools if node is None else f"the {pool}{here}",
+            f"with one position instead of {pools if node is None else f'the {pool}{here}'}",
         ),
         "constants": ("constants" if node is None else f"the constant{here}", ""),
         "statistics": (
@@ -139,6 +146,7 @@ def explained(trial: Trial, finding: Finding) -> Finding:
         return math.log(max(new, 1e-12) / max(old, 1e-12))
 
     targets, suspects = {"row": node}, lambda kind: True
+    ideal = 1.0 if finding.kind in ("collapse", "explosion", "loss of scale") else 0.0
     if finding.kind == "collapse":
         column = "fraction" if node.values and node.values.fraction < d.COLLAPSED else "spread"
 
@@ -185,7 +193,7 @@ def explained(trial: Trial, finding: Finding) -> Finding:
             return finding
     else:
         return finding
-    found = causes(trial, number, targets, value, sound, better, suspects)
+    found = causes(trial, number, targets, value, sound, better, suspects, ideal)
     return _told(trace, finding, node, found) if found else finding
 
 

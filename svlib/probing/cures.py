@@ -135,7 +135,10 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
     causes = " ".join(finding.cause for finding in findings)
     yield from _of_layers(trace, layers, findings)
     if "inputs" in kinds or "inputs" in causes:
-        code = "x = (x - x.mean(0)) / x.std(0)  # column by column, or channel by channel"
+        told = [f.place for f in findings if f.kind == "inputs" and f.place.isidentifier()]
+        named = [name for name in told if name != "input"] or ["x"]  # torch's own is no variable
+        code = "; ".join(f"{x} = ({x} - {x}.mean(0)) / {x}.std(0)" for x in named)
+        code += "  # column by column, or channel by channel"
         yield Cure("inputs standardized", code, lambda model, batch: batch.replaced(
             lambda x: removal.standardized(x, batch.samples)),
             "input mean, input scale")  # fmt: skip
@@ -203,6 +206,10 @@ def _of_layers(trace: Trace, layers: Any, findings: Sequence[Finding]) -> Iterat
             code += "layer, (nn.Linear, nn.Conv2d)): nn.init.kaiming_normal_(layer.weight, "
             code += "nonlinearity='relu')"
         yield Cure("weights at He's rule", code, _weights(off), size)
+    steps = gradient_steps(trace)
+    kept = {b: math.exp(-0.5 * step) for (_, b), step in steps.items() if b in layers}
+    if kept and any(finding.kind == "gradients" for finding in findings):
+        yield Cure("weights at which gradients keep their size", _scaling(kept), _weights(kept))
     if any(isinstance(n.operation, ops.Weights) and n.operation.bias.square for n in trace.nodes):
         named = list(dict.fromkeys(f.place for f in findings if f.place in layers))
         if "bias" in causes and named:

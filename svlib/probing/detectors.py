@@ -36,6 +36,7 @@ from svlib.probing.places import Places
 from svlib.probing.scaling import parts_of, scale
 
 _MASKS = frozenset({"add", "masked_fill", "where"})
+_JOINED = frozenset({"cat", "concat", "concatenate"})
 
 
 def found(graph: Graph, places: Places | None = None) -> list[Finding]:
@@ -102,12 +103,13 @@ def _inputs(graph: Graph) -> Iterator[Finding]:
 
 
 def _is_weighed(graph: Graph, node: Node) -> bool:
-    """Whether weights take an input as it is, or moved."""
+    """Whether weights take an input as it is, moved, or beside others."""
     for child in graph.children[node.number]:
         one = graph.nodes[child]
         if one.function in ops.WEIGHTED:
             return True
-        if isinstance(one.operation, ops.Move) and _is_weighed(graph, one):
+        moved = isinstance(one.operation, ops.Move) or one.function in _JOINED
+        if moved and _is_weighed(graph, one):
             return True
     return False
 
@@ -266,18 +268,20 @@ def _collapse(graph: Graph) -> Iterator[Finding]:
     column = "fraction" if values.fraction < COLLAPSED else "spread"
     parts = parts_of(graph, node, column)
     steepest = min(parts, key=parts.__getitem__, default=node.place)
+    alone = bool(parts) and parts[steepest] < min(0.5 * sum(parts.values()), -math.log(2))
     spread = max(getattr(values, column), 0.0)
+    first = next(n for n in faulty if n.values and getattr(n.values, column) < COLLAPSED)
     if values.fraction < COLLAPSED:
         text = f"v²/σ² is {spread:.2g} at {node.place!r}"
     else:
         text = f"inputs point in nearly one direction at {node.place!r}: 1 minus their mean cosine "
         text += f"is {spread:.2g}"
-    if parts and parts[steepest] < 0.5 * sum(parts.values()):
-        text += f", and falls most at {steepest!r}, {math.exp(parts[steepest]):.2g} times"
+    if alone:
+        text += f", and falls most at {steepest!r}, {math.exp(-parts[steepest]):.2g} times"
     elif first is not node:
         text += f", and below {COLLAPSED} from {first.place!r} on"
     decades = math.log10(COLLAPSED / max(spread, 1e-12))
-    place = steepest if parts and parts[steepest] < 0.5 * sum(parts.values()) else first.place
+    place = steepest if alone else first.place
     yield Finding("collapse", place, f"{text}.", spread, decades, parts=parts, number=node.number)
 
 

@@ -239,7 +239,8 @@ def _cured(finding: Finding, table: pd.DataFrame, after: dict[str, list[Finding]
     told += f"gradients {before.gradients:.1g} → {best.gradients:.1g}"
     if by == "loss":
         told = f"loss after {cures.STEPS} steps {before.loss:.3g} → {best.loss:.3g}, {told}"
-    enough = by == "loss" or mine(str(best.name)) < mine("nothing") / 2
+    fell = by == "loss" and (finding.kind == "output scale" or best.loss < before.loss / 2)
+    enough = fell or mine(str(best.name)) < mine("nothing") / 2
     how = "Tried" if enough else "Tried, and not enough"
     return replace(finding, cure=f"{how}: {best.name} ({told}): {best.code}")
 
