@@ -203,7 +203,7 @@ def of(number: str) -> list[dict[str, str]]:
 def alternatives() -> tuple[list[tuple[str, ...]], list[str]]:
     """Claim, alternative, its value, by how many errors ours excludes it; and checks of tools.
 
-    The error is our standard error and that of reading a figure together.
+    The error is our standard error.
     """
     found: list[tuple[str, ...]] = []
     tools: list[str] = []
@@ -214,9 +214,7 @@ def alternatives() -> tuple[list[tuple[str, ...]], list[str]]:
                 tools.append(row["claim"])
                 continue
             ours, _, error = row["ours"].partition(" ± ")
-            unit = math.hypot(
-                float(error or 0), claim.get("reading", 0)
-            )
+            unit = float(error or 0)
             apart = abs(float(ours) - claim["other"])
             told = f"{apart / unit:.1f} errors" if unit else "exactly"
             other = f"{claim['other']:g}"
