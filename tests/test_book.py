@@ -70,6 +70,31 @@ def test_sizes_in_the_claims_are_those_read_off() -> None:
         assert claim["paper"] == pytest.approx(float(str(row.paper)), abs=5e-4)
 
 
+def test_alternatives_of_claims_are_what_they_say() -> None:
+    stated = claims.stated()
+    exact, correlation = sv.theory.trajectory(200), sv.theory.maps.correlation
+    expected = {
+        **{f"03-finite-width.width{n}": exact.ratio[49] for n in (30, 100, 300, 1000, 3000)},
+        **{f"03-finite-width.early{n}": exact.ratio[10] for n in (100, 300)},
+        "01-two-variances.deep": exact.fraction[1],
+        "02-infinite-width.layer10": 2**0.5 / (3 * math.pi) * 10,
+        "02-infinite-width.layer50": 2**0.5 / (3 * math.pi) * 50,
+        "03-finite-width.plateau": 256 / exact.ratio[200] ** 2,
+        "03-finite-width.band": sv.theory.band_plateau()[1],
+        "03-finite-width.angles": -2 / 32,
+        "04-batchnorm.ratio10": exact.ratio[10],
+        "04-batchnorm.held30": correlation(-1 / 31),
+        "04-batchnorm.drift15": correlation(-1 / 255),
+        "04-batchnorm.gradient": math.pi / (math.pi - 1),
+    }
+    for name, value in expected.items():
+        chapter, key = name.split(".")
+        assert stated[chapter][key]["other"] == pytest.approx(value, rel=8e-4), name
+    for key, (width, batch, layer) in {"held30": (512, 32, 30), "drift15": (512, 256, 15)}.items():
+        law = 1 - sum(x[layer] for x in sv.theory.batchnorm.first_order(width, 49, batch))
+        assert stated["04-batchnorm"][key]["paper"] == pytest.approx(law, abs=5e-5)
+
+
 def test_claims_of_few_seeds_want_their_interval() -> None:
     table = long_runs.ratios().set_index(["task", "iteration", "above"])
     row = table.xs(("micrographs", 10_000, "total"))

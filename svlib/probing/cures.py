@@ -135,8 +135,8 @@ def candidates(model: nn.Module, trace: Trace, findings: Sequence[Finding]) -> I
     causes = " ".join(finding.cause for finding in findings)
     yield from _of_layers(trace, layers, findings)
     if "inputs" in kinds or "inputs" in causes:
-        told = [f.place for f in findings if f.kind == "inputs" and f.place.isidentifier()]
-        named = [name for name in told if name != "input"] or ["x"]  # torch's own is no variable
+        named = [f.place for f in findings if f.kind == "inputs" and f.place.isidentifier()]
+        named = [name for name in named if name != "input"] or ["x"]  # torch's own is no variable
         code = "; ".join(f"{x} = ({x} - {x}.mean(0)) / {x}.std(0)" for x in named)
         code += "  # column by column, or channel by channel"
         yield Cure("inputs standardized", code, lambda model, batch: batch.replaced(
@@ -207,9 +207,11 @@ def _of_layers(trace: Trace, layers: Any, findings: Sequence[Finding]) -> Iterat
             code += "nonlinearity='relu')"
         yield Cure("weights at He's rule", code, _weights(off), size)
     steps = gradient_steps(trace)
-    kept = {b: math.exp(-0.5 * step) for (_, b), step in steps.items() if b in layers}
-    if kept and any(finding.kind == "gradients" for finding in findings):
-        yield Cure("weights at which gradients keep their size", _scaling(kept), _weights(kept))
+    factors = {b: math.exp(-0.5 * step) for (_, b), step in steps.items() if b in layers}
+    if factors and any(finding.kind == "gradients" for finding in findings):
+        yield Cure(
+            "weights at which gradients keep their size", _scaling(factors), _weights(factors)
+        )
     if any(isinstance(n.operation, ops.Weights) and n.operation.bias.square for n in trace.nodes):
         named = list(dict.fromkeys(f.place for f in findings if f.place in layers))
         if "bias" in causes and named:
