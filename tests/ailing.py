@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -119,7 +120,36 @@ def shifted() -> nn.Module:
     return model
 
 
+class Sine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(30 * x)
+
+
+class Beside(nn.Module):
+    """Columns of a table beside an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Sequential(nn.Linear(67, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, embedded: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return self.m(torch.cat([embedded, columns], -1))
+
+
+def sines() -> nn.Sequential:
+    widths = [2, *[128] * 6]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), Sine())]
+    return nn.Sequential(*layers, nn.Linear(128, 10))
+
+
 AILING: dict[str, Callable[[], Case]] = {
+    "sines of large weights": lambda: (
+        sines(), gaussian(256, 2), {"gradients"}, ("weights at which gradients keep",),
+    ),
+    "price beside an embedding": lambda: (
+        Beside(), (X, gaussian(100, 3) * torch.tensor([1.0, 5000.0, 1.0])), {"inputs"},
+        ("column 1 has",),
+    ),
     "one-hot columns": lambda: (
         nn.Sequential(nn.Linear(600, 64), nn.ReLU(), *defaults(3)),
         categories(),

@@ -19,6 +19,7 @@ NOTHING = (  # is advised
     "zero hidden layer", "tied autoencoder, large weights", "GPT-2 of range 0.5",
 )  # fmt: skip
 SAME = ("the same", "float16")  # other types of a case that is there
+APART = ("price beside",)  # two arguments
 
 
 def call(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -60,7 +61,7 @@ def trained(model: nn.Module, batch: Any, y: torch.Tensor) -> float:
     [
         pytest.param(x, marks=pytest.mark.xfail(strict=True, reason=WORSE[x])) if x in WORSE else x
         for x in ALL
-        if not x.startswith(SAME + NOTHING)
+        if not x.startswith(SAME + NOTHING + APART)
     ],
 )
 def test_the_cure_helps(name: str) -> None:
