@@ -171,29 +171,49 @@ def fill_double(out, key, first, start):
 _summing = numba.njit(error_model="numpy", fastmath={"contract", "reassoc"})
 
 
-# entries that are not numbers make sums that are not, which is where they are noticed
-@numba.njit(error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
-def _largest(row):
-    found = row[0]
-    for j in range(len(row)):
-        found = row[j] if row[j] > found else found
-    return found
-
-
 @_summing
-def _along_last(y, found):
+def _along_last(y, bits, sign, rest, found):
+    held = np.empty(1, bits.dtype)
+    largest = held.view(y.dtype)
     for k in range(len(y)):
+        row = y[k]
         # so that digits survive where the mean is large
-        shift, total, square = np.float64(y[k, 0]), 0.0, 0.0
-        for j in range(y.shape[1]):
-            z = y[k, j] - shift
+        shift, total, square = np.float64(row[0]), 0.0, 0.0
+        for j in range(len(row)):
+            z = np.float64(row[j]) - shift
             total += z
             square += z * z
-        mean = total / y.shape[1]
-        found[0, k], found[2, k] = shift + mean, _largest(y[k])
+        mean = total / len(row)
+        found[0, k] = shift + mean
         # the shift is one of the entries, so the square subtracted is at most as many times what
         # is left as there are entries
         found[1, k] = max(square - total * mean, 0.0)
+        # the largest by whole numbers, which vector registers compare: floats are in their order
+        # once all bits but the sign are flipped where that is set
+        number = bits[k]
+        top = number[0] ^ ((number[0] >> sign) & rest)
+        for j in range(len(number)):
+            top = max(top, number[j] ^ ((number[j] >> sign) & rest))
+        held[0] = top ^ ((top >> sign) & rest)
+        found[2, k] = largest[0]
+
+
+@_summing
+def _along_middle(y, found):
+    for k in range(len(y)):
+        total, square = np.zeros(y.shape[2]), np.zeros(y.shape[2])
+        shift, largest = y[k, 0], y[k, 0].copy()
+        for p in range(y.shape[1]):
+            row = y[k, p]
+            for j in range(len(row)):
+                z = np.float64(row[j]) - np.float64(shift[j])
+                total[j] += z
+                square[j] += z * z
+                largest[j] = row[j] if row[j] > largest[j] else largest[j]
+        for j in range(y.shape[2]):
+            mean = total[j] / y.shape[1]
+            found[0, k, j], found[2, k, j] = shift[j] + mean, largest[j]
+            found[1, k, j] = max(square[j] - total[j] * mean, 0.0)
 
 
 @_summing
@@ -222,13 +242,25 @@ def _split_along_ray(y, mean_square, squares):
 def along_last_single(y, found):
     """Write into ``found`` (3, rows) for every row of ``y`` (rows, entries), float32, the mean, the
     sum of squares about it, and the largest entry."""
-    _along_last(y, found)
+    _along_last(y, y.view(np.int32), 31, np.int32(2**31 - 1), found)
 
 
 @_kept("contract", "reassoc")
 def along_last_double(y, found):
     """The same of float64."""
-    _along_last(y, found)
+    _along_last(y, y.view(np.int64), 63, np.int64(2**63 - 1), found)
+
+
+@_kept("contract", "reassoc")
+def along_middle_single(y, found):
+    """The same over the middle of ``y`` (rows, entries, columns), ``found`` (3, rows, columns)."""
+    _along_middle(y, found)
+
+
+@_kept("contract", "reassoc")
+def along_middle_double(y, found):
+    """The same of float64."""
+    _along_middle(y, found)
 
 
 @_kept("contract", "reassoc")

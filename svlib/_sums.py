@@ -29,6 +29,12 @@ def _last_on_processor(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     from svlib import _kernels  # takes a second to import
 
     found = torch.empty(3, *y.shape[:-1], dtype=torch.float64)
+    turned = y.detach().mT
+    if y.ndim == 3 and y.shape[1] > 1 and turned.is_contiguous():  # units are last in memory
+        single = y.dtype == torch.float32
+        middle = _kernels.along_middle_single if single else _kernels.along_middle_double
+        middle(turned.numpy(), found.numpy())
+        return found[0], found[1], found[2]
     rows = y.detach().reshape(-1, y.shape[-1]).contiguous()
     single = y.dtype == torch.float32
     along = _kernels.along_last_single if single else _kernels.along_last_double

@@ -14,6 +14,7 @@ import dataclasses
 import random
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -261,6 +262,9 @@ def _copied(model: nn.Module, stack: ExitStack, writable: bool) -> nn.Module:
     for parameter in inner.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for module in inner.modules():
+        # a module has a dozen empty ones, which deepcopy takes long for
+        empty = (x for x in vars(module).values() if type(x) in (dict, OrderedDict) and not x)
+        memo |= {id(x): type(x)() for x in empty}
         for _, x in tensors({k: v for k, v in vars(module).items() if not k.startswith("_")}):
             if x.grad_fn is not None:  # torch copies leaves only
                 memo[id(x)] = x.detach().clone()
