@@ -34,7 +34,7 @@ td, th { white-space: normal !important; overflow-wrap: anywhere; }
 div, table { overflow: visible !important; }
 .pst-scrollable-table-container, table { display: table; width: 100% !important; }
 mjx-container { font-size: 95% !important; max-width: 100%; }
-figure, img, tr, .admonition { break-inside: avoid; }
+figure, img, tr, .admonition, .explorer { break-inside: avoid; }
 h1 { break-before: page; } h1, h2, h3 { break-after: avoid; }
 """
 FOOT = """<div style="font-size: 8px; width: 100%; text-align: center;">
