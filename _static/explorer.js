@@ -161,9 +161,9 @@ function angle(y, width) {
   return Math.acos(Math.max(-1, Math.min(1, both / Math.sqrt(one * two)))) * 180 / Math.PI;
 }
 
-window.svlibExplorer = { theory, law, simulate: (given) => simulate(given).measured, all: [] };
+window.svlibExplorer = { theory, law, simulate: (given) => simulate(given).measured };
 
-const PAINT = { m: "#0072B2", v: "#B07800", sigma: "#008A64", line: "#404040", one: "#D55E00" };
+const PAINT = { m: "#0072B2", v: "#B07800", line: "#404040", one: "#D55E00" };
 const TEXT = "#505050";
 const NETWORKS = 10;
 const CHOICES = {
@@ -370,7 +370,8 @@ function fill(root) {
   }
 
   function draw() {
-    boxes.forEach((box, k) => { box.hidden = !drawn() && (views[k] === "heat" || views[k] === "ray"); });
+    const unknown = given.beta && given.norm !== "none"; // the map then differs from layer to layer
+    boxes.forEach((box, k) => { box.hidden = views[k] === "stairs" ? unknown : !drawn() && views[k] !== "curves"; });
     const all = { curves, heat, ray, stairs };
     views.forEach((view, k) => { if (!boxes[k].hidden) all[view](); });
     tell();
@@ -422,7 +423,6 @@ function fill(root) {
   root.classList.add("on");
   const replaced = document.getElementById(root.dataset.replaces || "none");
   if (replaced) replaced.hidden = true;
-  window.svlibExplorer.all.push(root);
   compute();
 }
 
